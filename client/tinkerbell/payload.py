@@ -1,0 +1,142 @@
+"""An adapter in transit: manifest, digest, chunks.
+
+The payload is all tensors back to back; `protos/tinkerbell/v1/common.proto` (AdapterManifest) defines it and its
+digest. Export and push use the same frames, so this module serves client, trainer and sampler alike.
+"""
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from tinkerbell import tensors
+from tinkerbell.v1 import common_pb2
+
+CHUNK_BYTES = 1 << 20  # the fastest size on loopback, and below gRPC's default message limit of 4 MiB
+
+_FLOAT_TYPES = {
+    common_pb2.DATA_TYPE_FLOAT32,
+    common_pb2.DATA_TYPE_BFLOAT16,
+    common_pb2.DATA_TYPE_FLOAT16,
+}
+
+
+class PayloadError(ValueError):
+    """The bytes that came are not the bytes that were announced."""
+
+
+def build_manifest(
+    lora: common_pb2.LoraConfig,
+    named_shapes: Iterable[tuple[str, Sequence[int]]],
+    dtype: common_pb2.DataType,
+    base_model_fingerprint: str,
+) -> common_pb2.AdapterManifest:
+    """Lays the tensors out in the given order. The digest stays empty until the payload is known."""
+    manifest = common_pb2.AdapterManifest(
+        lora=lora, base_model_fingerprint=base_model_fingerprint
+    )
+    for name, shape in named_shapes:
+        size = math.prod(shape) * tensors.dtype_size(dtype)
+        manifest.tensors.add(
+            name=name, dtype=dtype, shape=shape, offset=manifest.size_bytes, size_bytes=size
+        )
+        manifest.size_bytes += size
+    return manifest
+
+
+def check_layout(manifest: common_pb2.AdapterManifest) -> None:
+    """PayloadError, naming the tensor, unless the manifest describes a whole, gapless payload."""
+    if not manifest.tensors:
+        raise PayloadError("the manifest lists no tensors")
+    offset = 0
+    seen = set()
+    for spec in manifest.tensors:
+        if spec.name in seen:
+            raise PayloadError(f"tensor {spec.name!r} is listed twice")
+        seen.add(spec.name)
+        if spec.dtype not in _FLOAT_TYPES:
+            raise PayloadError(
+                f"tensor {spec.name!r} has dtype {spec.dtype}; float32, bfloat16 and float16 are possible"
+            )
+        if spec.dtype != manifest.tensors[0].dtype:
+            raise PayloadError(f"tensor {spec.name!r} has another dtype than the tensors before it")
+        if any(size < 1 for size in spec.shape):
+            raise PayloadError(f"tensor {spec.name!r} has shape {list(spec.shape)}")
+        size = math.prod(spec.shape) * tensors.dtype_size(spec.dtype)
+        if spec.size_bytes != size or spec.offset != offset:
+            raise PayloadError(
+                f"tensor {spec.name!r} must take {size} bytes at offset {offset}, "
+                f"and the manifest says {spec.size_bytes} at {spec.offset}"
+            )
+        offset += size
+    if manifest.size_bytes != offset:
+        raise PayloadError(
+            f"the tensors take {offset} bytes, and the manifest says {manifest.size_bytes}"
+        )
+
+
+def digest_header(manifest: common_pb2.AdapterManifest) -> bytes:
+    """The text that the digest covers before the payload."""
+    alpha = struct.pack(">d", manifest.lora.alpha).hex()
+    lines = [
+        "tinkerbell.v1.adapter",
+        f"{manifest.base_model_fingerprint} {manifest.lora.rank} {alpha}",
+    ]
+    for spec in manifest.tensors:
+        shape = ",".join(str(size) for size in spec.shape)
+        lines.append(f"{spec.name} {tensors.dtype_name(spec.dtype)} {shape}")
+    return ("\n".join(lines) + "\n\n").encode("ascii", errors="backslashreplace")
+
+
+def digest(manifest: common_pb2.AdapterManifest, payload: bytes | memoryview) -> str:
+    """sha256 over header and payload, in lower-case hexadecimal."""
+    sha = hashlib.sha256(digest_header(manifest))
+    sha.update(payload)
+    return sha.hexdigest()
+
+
+def chunks(payload: bytes | memoryview) -> Iterator[common_pb2.PayloadChunk]:
+    """Cuts the payload into chunks of `CHUNK_BYTES`."""
+    view = memoryview(payload)
+    for offset in range(0, len(view), CHUNK_BYTES):
+        data = bytes(view[offset : offset + CHUNK_BYTES])
+        yield common_pb2.PayloadChunk(offset=offset, data=data, crc32=zlib.crc32(data))
+
+
+class Receiver:
+    """Collects chunks into a buffer of the announced size and proves that they are what was announced."""
+
+    def __init__(self, manifest: common_pb2.AdapterManifest, buffer: bytearray | memoryview):
+        """`buffer`: writable, `manifest.size_bytes` long."""
+        self._manifest = manifest
+        self._buffer = memoryview(buffer)
+        self._sha = hashlib.sha256(digest_header(manifest))
+        self.received = 0
+
+    def add(self, chunk: common_pb2.PayloadChunk) -> None:
+        """PayloadError when the chunk is damaged, out of order or too much."""
+        if chunk.offset != self.received:
+            raise PayloadError(f"expected the chunk at offset {self.received}, got the one at {chunk.offset}")
+        end = chunk.offset + len(chunk.data)
+        if end > self._manifest.size_bytes:
+            raise PayloadError(
+                f"the chunk at offset {chunk.offset} ends at {end}, "
+                f"after the announced {self._manifest.size_bytes} bytes"
+            )
+        if zlib.crc32(chunk.data) != chunk.crc32:
+            raise PayloadError(f"the chunk at offset {chunk.offset} does not have its crc32; send it again")
+        self._buffer[chunk.offset : end] = chunk.data
+        self._sha.update(chunk.data)
+        self.received = end
+
+    def finish(self) -> None:
+        """PayloadError unless the whole payload came and has the announced digest."""
+        if self.received != self._manifest.size_bytes:
+            raise PayloadError(
+                f"{self.received} of {self._manifest.size_bytes} bytes came before the end"
+            )
+        if self._sha.hexdigest() != self._manifest.digest:
+            raise PayloadError(
+                f"the payload has digest {self._sha.hexdigest()}, and {self._manifest.digest!r} was announced"
+            )
