@@ -33,14 +33,10 @@ def build_manifest(
     base_model_fingerprint: str,
 ) -> common_pb2.AdapterManifest:
     """Lays the tensors out in the given order. The digest stays empty until the payload is known."""
-    manifest = common_pb2.AdapterManifest(
-        lora=lora, base_model_fingerprint=base_model_fingerprint
-    )
+    manifest = common_pb2.AdapterManifest(lora=lora, base_model_fingerprint=base_model_fingerprint)
     for name, shape in named_shapes:
         size = math.prod(shape) * tensors.dtype_size(dtype)
-        manifest.tensors.add(
-            name=name, dtype=dtype, shape=shape, offset=manifest.size_bytes, size_bytes=size
-        )
+        manifest.tensors.add(name=name, dtype=dtype, shape=shape, offset=manifest.size_bytes, size_bytes=size)
         manifest.size_bytes += size
     return manifest
 
@@ -71,9 +67,7 @@ def check_layout(manifest: common_pb2.AdapterManifest) -> None:
             )
         offset += size
     if manifest.size_bytes != offset:
-        raise PayloadError(
-            f"the tensors take {offset} bytes, and the manifest says {manifest.size_bytes}"
-        )
+        raise PayloadError(f"the tensors take {offset} bytes, and the manifest says {manifest.size_bytes}")
 
 
 def digest_header(manifest: common_pb2.AdapterManifest) -> bytes:
@@ -133,9 +127,7 @@ class Receiver:
     def finish(self) -> None:
         """PayloadError unless the whole payload came and has the announced digest."""
         if self.received != self._manifest.size_bytes:
-            raise PayloadError(
-                f"{self.received} of {self._manifest.size_bytes} bytes came before the end"
-            )
+            raise PayloadError(f"{self.received} of {self._manifest.size_bytes} bytes came before the end")
         if self._sha.hexdigest() != self._manifest.digest:
             raise PayloadError(
                 f"the payload has digest {self._sha.hexdigest()}, and {self._manifest.digest!r} was announced"

@@ -6,7 +6,6 @@ numpy has no bfloat16: a bfloat16 tensor arrives as the float32 array of the sam
 import math
 
 import numpy as np
-
 from tinkerbell.v1 import common_pb2
 
 # Storage type of each wire type. bfloat16 is stored in its 16 bits.
@@ -17,9 +16,7 @@ _STORAGE: dict[common_pb2.DataType, np.dtype] = {
     common_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
     common_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
 }
-_WIRE_TYPE = {
-    storage: wire for wire, storage in _STORAGE.items() if wire != common_pb2.DATA_TYPE_BFLOAT16
-}
+_WIRE_TYPE = {storage: wire for wire, storage in _STORAGE.items() if wire != common_pb2.DATA_TYPE_BFLOAT16}
 
 _NAMES: dict[common_pb2.DataType, str] = {
     common_pb2.DATA_TYPE_FLOAT32: "float32",
@@ -73,9 +70,7 @@ def decode_bytes(data: bytes | memoryview, dtype: common_pb2.DataType, shape) ->
     shape = tuple(shape)
     expected = math.prod(shape) * dtype_size(dtype)
     if any(size < 0 for size in shape) or len(data) != expected:
-        raise ValueError(
-            f"{dtype_name(dtype)} {list(shape)} takes {expected} bytes, and {len(data)} came"
-        )
+        raise ValueError(f"{dtype_name(dtype)} {list(shape)} takes {expected} bytes, and {len(data)} came")
     array = np.frombuffer(data, dtype=_STORAGE[dtype]).reshape(shape)
     if dtype == common_pb2.DATA_TYPE_BFLOAT16:
         return (array.astype(np.uint32) << 16).view(np.float32)
