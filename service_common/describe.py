@@ -3,9 +3,8 @@
 import importlib.metadata
 from collections.abc import Sequence
 
-from tinkerbell.v1 import common_pb2
-
 from service_common.checkpoint import Checkpoint
+from tinkerbell.v1 import common_pb2
 
 
 def base_model_info(

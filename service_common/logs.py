@@ -8,7 +8,7 @@ import structlog
 
 def configure(service: str) -> None:
     """Sends structlog and the standard library's loggers to stderr in one format."""
-    shared = [
+    shared: list = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,

@@ -4,11 +4,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from tinkerbell import payload
-from tinkerbell.v1 import common_pb2
-
 from service_common import errors
 from service_common.checkpoint import Checkpoint
+from tinkerbell import payload
+from tinkerbell.v1 import common_pb2
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")

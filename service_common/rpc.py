@@ -10,7 +10,7 @@ import grpc
 import structlog
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_channelz.v1 import channelz
+from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
@@ -116,7 +116,8 @@ class Server:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         channelz.add_channelz_servicer(self._server)
-        names = (service_name, health.SERVICE_NAME, channelz.SERVICE_NAME, reflection.SERVICE_NAME)
+        channelz_name = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+        names = (service_name, health.SERVICE_NAME, channelz_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._listen = listen
 

@@ -1,0 +1,1 @@
+"""Many LoRA adapters on one frozen model: their memory, and the layers that apply them."""

@@ -1,0 +1,1 @@
+"""The only package that imports Megatron: its runtime, our layer spec, and loading a base model."""

@@ -1,0 +1,1 @@
+"""Ways for adapter versions to reach a sampler."""
