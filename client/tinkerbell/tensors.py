@@ -6,6 +6,7 @@ numpy has no bfloat16: a bfloat16 tensor arrives as the float32 array of the sam
 import math
 
 import numpy as np
+
 from tinkerbell.v1 import common_pb2
 
 # Storage type of each wire type. bfloat16 is stored in its 16 bits.

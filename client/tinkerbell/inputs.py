@@ -1,0 +1,149 @@
+"""What a caller hands to the services: training data, hyper-parameters, prompts."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tinkerbell import tensors
+from tinkerbell.v1 import sampler_pb2, trainer_pb2
+
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, str]]
+"""Text; token ids; or chat messages, each {"role": "system" | "user" | "assistant", "content": text}."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Datum:
+    """One training sequence of N >= 1 tokens.
+
+    At position i the model reads tokens[0..i] and is asked for target_tokens[i]. Lists and arrays are both welcome;
+    the fields are arrays. ValueError when the lengths differ or a token id is not an integer.
+    """
+
+    tokens: ArrayLike
+    """Input token ids; int32 [N]."""
+    target_tokens: ArrayLike
+    """The token to predict at each position; int64 [N]."""
+    weights: ArrayLike | None = None
+    """Factor of each position's loss; float32 [N]. None means all ones."""
+
+    def __post_init__(self):
+        tokens = token_array(self.tokens, "tokens", np.int32)
+        targets = token_array(self.target_tokens, "target_tokens", np.int64)
+        if len(tokens) == 0:
+            raise ValueError("a datum needs at least one token")
+        if len(targets) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens and {len(targets)} target_tokens: the lengths must be equal")
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "target_tokens", targets)
+        if self.weights is not None:
+            weights = np.asarray(self.weights, dtype=np.float32)
+            if weights.shape != tokens.shape:
+                raise ValueError(f"{len(tokens)} tokens and weights of shape {weights.shape}: give one weight a token")
+            object.__setattr__(self, "weights", weights)
+
+    @classmethod
+    def from_prompt_and_completion(cls, prompt_tokens: ArrayLike, completion_tokens: ArrayLike) -> "Datum":
+        """Teaches to continue `prompt_tokens` with `completion_tokens`; N is their total length less one.
+
+        Targets are the tokens moved on by one; weights are 1 where the target belongs to the completion, 0 where it
+        belongs to the prompt. ValueError when either is empty.
+        """
+        prompt = token_array(prompt_tokens, "prompt_tokens", np.int64)
+        completion = token_array(completion_tokens, "completion_tokens", np.int64)
+        if not (len(prompt) and len(completion)):
+            raise ValueError(
+                f"{len(prompt)} prompt_tokens and {len(completion)} completion_tokens: both need at least one"
+            )
+        sequence = np.concatenate([prompt, completion])
+        weights = np.concatenate([np.zeros(len(prompt) - 1), np.ones(len(completion))])
+        return cls(tokens=sequence[:-1], target_tokens=sequence[1:], weights=weights)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(np.asarray(self.tokens))
+
+    def to_proto(self) -> trainer_pb2.Datum:
+        """The message for Forward and ForwardBackward."""
+        datum = trainer_pb2.Datum(tokens=np.asarray(self.tokens).tolist())
+        datum.loss_inputs["target_tokens"].CopyFrom(tensors.encode(np.asarray(self.target_tokens)))
+        if self.weights is not None:
+            datum.loss_inputs["weights"].CopyFrom(tensors.encode(np.asarray(self.weights)))
+        return datum
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamParams:
+    """Hyper-parameters of one AdamW step; the defaults are the service's."""
+
+    learning_rate: float = 1e-4
+    """Finite, >= 0."""
+    beta1: float = 0.9
+    """Decay of the first moment, in [0, 1)."""
+    beta2: float = 0.95
+    """Decay of the second moment, in [0, 1)."""
+    eps: float = 1e-12
+    """Finite, > 0."""
+    weight_decay: float = 0.0
+    """Decoupled from the gradient; finite, >= 0."""
+    grad_clip_norm: float = 0.0
+    """The gradient is scaled down to this L2 norm when it is larger; 0 means no clipping."""
+
+    def to_proto(self) -> trainer_pb2.AdamParams:
+        """The message for OptimStep."""
+        return trainer_pb2.AdamParams(**dataclasses.asdict(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to sample; the defaults are the service's."""
+
+    n: int = 1
+    """Completions per prompt, 1 to 128."""
+    max_tokens: int | None = None
+    """Most tokens per completion. None means as many as fit in the model's context."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling, in (0, 1]."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0 means all."""
+    seed: int | None = None
+    """Makes the completions repeatable. None means random."""
+    stop: str | Sequence[str] = ()
+    """Strings that end a completion; they are left out of its text."""
+    logprobs: int | None = None
+    """Alternatives to report beside each sampled token's own logprob, at most 20. None means no logprobs at all."""
+
+    def to_proto(self) -> sampler_pb2.SamplingParams:
+        """The message for Generate."""
+        fields = dataclasses.asdict(self)
+        if isinstance(self.stop, str):
+            fields["stop"] = [self.stop]
+        return sampler_pb2.SamplingParams(**fields)
+
+
+def set_prompt(request: sampler_pb2.GenerateRequest, prompt: Prompt) -> None:
+    """Fills the request's prompt. ValueError or TypeError when `prompt` is none of what `Prompt` allows."""
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        request.chat.messages.extend(sampler_pb2.ChatMessage(**message) for message in prompt)  # type: ignore[arg-type]
+    else:
+        request.tokens.tokens.extend(token_array(prompt, "prompt", np.int32).tolist())  # type: ignore[arg-type]
+
+
+def token_array(tokens: ArrayLike, name: str, dtype: type[np.integer]) -> np.ndarray:
+    """Token ids as an array of `dtype` [N]. ValueError, naming `name`, unless they are integers that fit."""
+    array = np.asarray(tokens)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}; give one sequence of token ids")
+    if array.size == 0:
+        return np.empty(0, dtype)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} has dtype {array.dtype}; token ids are integers")
+    limits = np.iinfo(dtype)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ValueError(f"{name} has ids from {array.min()} to {array.max()}, which do not fit {limits.dtype}")
+    return array.astype(dtype)

@@ -1,0 +1,323 @@
+"""What the services answer, as plain dataclasses and numpy arrays.
+
+Arrays that came over the wire are read-only; copy one to change it.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from tinkerbell.inputs import AdamParams
+
+FinishReason = Literal["stop", "length"]
+"""stop: an end-of-sequence token or a stop string. length: max_tokens, or the end of the model's context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModelInfo:
+    """The base model that a service holds."""
+
+    name: str
+    """As it was asked for: a folder or a hub name."""
+    architecture: str
+    """Hugging Face architecture, for example "LlamaForCausalLM"."""
+    fingerprint: str
+    """Hexadecimal sha256; trainer and sampler hold the same model exactly when it is equal."""
+    vocab_size: int
+    """Valid token ids are 0 to vocab_size - 1."""
+    num_layers: int
+    """Decoder layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    max_sequence_length: int
+    """Longest sequence in tokens that the service accepts."""
+    num_parameters: int
+    """Parameters, tied ones counted once."""
+    dtype: str
+    """Element type of the base weights in the service, for example "bfloat16"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadProgress:
+    """One step on the way to a loaded base model."""
+
+    stage: str
+    """What begins now: "resolving", "building", "loading", "verifying" or "ready"."""
+    elapsed_seconds: float
+    """Since the call began."""
+    base_model: BaseModelInfo | None
+    """The loaded model; only when ready."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerInfo:
+    """The trainer."""
+
+    base_model: BaseModelInfo | None
+    """None until a base model is loaded."""
+    device: str
+    """cpu or cuda."""
+    world_size: int
+    """Processes that hold the model together."""
+    versions: dict[str, str]
+    """Versions of the parts that decide the numbers, by package name."""
+    num_adapters: int
+    """Adapters resident now."""
+    max_rank: int
+    """Largest rank of an adapter."""
+    max_batch_tokens: int
+    """Most tokens in one forward or forward_backward."""
+    sampler_address: str
+    """Where adapters are published to; empty when nowhere."""
+    target_modules: tuple[str, ...]
+    """Linear layers that adapters of this base model can have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerInfo:
+    """The sampler."""
+
+    base_model: BaseModelInfo
+    """The base model."""
+    device: str
+    """cpu or cuda."""
+    versions: dict[str, str]
+    """Versions of the parts that decide the numbers, by package name."""
+    max_rank: int
+    """Largest rank of an adapter."""
+    max_loras: int
+    """Adapter versions that one engine step can mix."""
+    keep_versions: int
+    """Live versions kept per adapter besides those with running requests."""
+    active_requests: int
+    """Requests running or waiting in the engine."""
+    target_modules: tuple[str, ...]
+    """Linear layers that a pushed adapter can have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter that is resident in the trainer."""
+
+    adapter_id: str
+    """Its name."""
+    rank: int
+    """Rows of A and columns of B."""
+    alpha: float
+    """Numerator of the scale alpha / rank."""
+    target_modules: tuple[str, ...]
+    """The linear layers that are adapted."""
+    seed: int
+    """Seed of A's initial values."""
+    num_parameters: int
+    """Trainable parameters."""
+    step: int
+    """Optimizer steps applied."""
+    published_version: int
+    """Last published version; 0 before the first."""
+    next_seq_id: int
+    """Number of the adapter's next operation."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForwardResult:
+    """Per-token logprobs and the loss."""
+
+    logprobs: list[np.ndarray]
+    """One per datum, in the order given: float32 [N], log p(target_tokens[i] | tokens[0..i]) at temperature 1."""
+    metrics: dict[str, float]
+    """Named "loss:sum", "weights:sum", "loss:mean" (the quotient of the two) and "tokens:sum"."""
+
+    @property
+    def loss(self) -> float:
+        """The weighted mean over tokens, "loss:mean"."""
+        return self.metrics["loss:mean"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForwardBackwardResult(ForwardResult):
+    """Per-token logprobs and the loss; the gradient stays in the trainer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimStepResult:
+    """An optimizer step that was applied."""
+
+    step: int
+    """Steps applied to this adapter so far, this one included."""
+    grad_norm: float
+    """L2 norm of the gradient before clipping."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncResult:
+    """A published version."""
+
+    version: int
+    """The version that requests can name from now on; "latest" means this one."""
+    digest: str
+    """Its digest."""
+    transport: str
+    """How the tensors travelled, for example "grpc"."""
+    sent_bytes: int
+    """Payload bytes that were sent; 0 when the sampler had the version already."""
+    seconds: float
+    """From snapshot to commit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMoments:
+    """The Adam moments of one tensor, summed up."""
+
+    name: str
+    """PEFT name."""
+    shape: tuple[int, ...]
+    """Two dimensions."""
+    exp_avg_norm: float
+    """L2 norm of the first moment."""
+    exp_avg_sq_norm: float
+    """L2 norm of the second moment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerState:
+    """The state of one adapter's AdamW."""
+
+    adapter_id: str
+    """Which adapter."""
+    step: int
+    """Steps applied."""
+    last_adam: AdamParams | None
+    """Hyper-parameters of the last step; None before the first."""
+    accumulated_calls: int
+    """forward_backward calls in the accumulated gradient."""
+    size_bytes: int
+    """Weights, gradients and moments together."""
+    tensors: tuple[TensorMoments, ...]
+    """One per tensor; empty in a list of all optimizers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable version of an adapter."""
+
+    adapter_id: str
+    """The adapter; empty for the bare base model."""
+    version: int
+    """Its version; 0 for the bare base model."""
+    digest: str
+    """The version's digest; for the bare base model, its fingerprint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveVersion:
+    """A version that can be sampled."""
+
+    version: int
+    """Its number."""
+    digest: str
+    """Its digest."""
+    rank: int
+    """Rows of A and columns of B."""
+    alpha: float
+    """Numerator of the scale alpha / rank."""
+    target_modules: tuple[str, ...]
+    """The linear layers that are adapted."""
+    size_bytes: int
+    """Bytes of its payload."""
+    active_requests: int
+    """Requests running on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledAdapter:
+    """An adapter that can be sampled."""
+
+    adapter_id: str
+    """Its name."""
+    latest_version: int
+    """What a request without a version gets."""
+    versions: tuple[LiveVersion, ...]
+    """Its live versions in ascending order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PushResult:
+    """A version that is live on the sampler."""
+
+    version: AdapterVersion
+    """What is live."""
+    already_live: bool
+    """True when this digest was live before the push, and no payload was sent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionLogprobs:
+    """Logprobs at one sampled position, of the model's own distribution: before temperature, top_p and top_k."""
+
+    logprob: float
+    """The sampled token's."""
+    top: tuple[tuple[int, float], ...]
+    """(token, logprob) of the likeliest tokens, in descending order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateDelta:
+    """New tokens of one completion."""
+
+    index: int
+    """Which completion, from 0 to n - 1."""
+    tokens: tuple[int, ...]
+    """The new token ids."""
+    text: str
+    """The new text."""
+    logprobs: tuple[PositionLogprobs, ...]
+    """One per new token, if logprobs were asked for; else empty."""
+    finish_reason: FinishReason | None
+    """Set on the completion's last delta."""
+    prompt_tokens: int
+    """Tokens in the prompt."""
+    served_by: AdapterVersion
+    """What produced them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One continuation of a prompt, T tokens long."""
+
+    tokens: tuple[int, ...]
+    """T token ids."""
+    text: str
+    """Their text, without the stop string."""
+    logprobs: tuple[PositionLogprobs, ...]
+    """T entries if logprobs were asked for; else empty."""
+    finish_reason: FinishReason | None
+    """Why it ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateResult:
+    """All completions of one prompt."""
+
+    completions: tuple[Completion, ...]
+    """n of them."""
+    prompt_tokens: int
+    """Tokens in the prompt."""
+    served_by: AdapterVersion
+    """The one version that produced all of them."""
+
+    @property
+    def text(self) -> str:
+        """The first completion's text."""
+        return self.completions[0].text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LogprobsResult:
+    """Scores of given tokens."""
+
+    logprobs: list[np.ndarray]
+    """One per sequence: float32 [N - 1], log p(tokens[i + 1] | tokens[0..i]) at temperature 1."""
+    served_by: AdapterVersion
+    """What produced them."""

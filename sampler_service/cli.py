@@ -1,0 +1,59 @@
+"""The command line."""
+
+import asyncio
+import enum
+import sys
+from typing import Annotated
+
+import typer
+
+from sampler_service import environment
+from sampler_service.config import SamplerConfig
+from sampler_service.service import serve
+from service_common import logs
+
+
+class Dtype(enum.StrEnum):
+    """Element types of the base weights."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def run(
+    *,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub name of the base model.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT. Loopback unless told otherwise.")] = "127.0.0.1:50052",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the base weights. auto: the checkpoint's own, as vLLM reads it.")
+    ] = Dtype.AUTO,
+    max_rank: Annotated[int, typer.Option(min=1, max=512, help="Largest rank that an adapter may have.")] = 64,
+    max_loras: Annotated[int, typer.Option(min=1, help="Adapter versions that one engine step can mix.")] = 4,
+    keep_versions: Annotated[
+        int, typer.Option(min=1, help="Live versions kept per adapter, besides those with running requests.")
+    ] = 2,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence in tokens. As long as the model can, if not given.")
+    ] = None,
+    kv_cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values, on a CPU only.")] = 1.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="How long running calls may go on after SIGTERM.")] = 30.0,
+) -> None:
+    """Serves a base model and the LoRA adapters that are pushed to it."""
+    logs.configure("sampler")
+    environment.prepare()
+    config = SamplerConfig(
+        model=model,
+        dtype=dtype.value,
+        max_rank=max_rank,
+        max_loras=max_loras,
+        keep_versions=keep_versions,
+        max_model_len=max_model_len,
+        kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+    )
+    sys.exit(asyncio.run(serve(config, listen, drain_seconds)))
+
+
+def main() -> None:
+    """Parses the command line and serves until SIGTERM."""
+    typer.run(run)

@@ -1,0 +1,25 @@
+"""What the operator decides."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The sampler's settings; `cli.py` has their defaults.
+
+    model: checkpoint folder or hub name.
+    dtype: "auto", "float32" or "bfloat16", of the base weights.
+    max_rank: largest LoRA rank that a push may have.
+    max_loras: adapter versions that one engine step can mix; requests on more wait.
+    keep_versions: live versions kept per adapter besides those with running requests.
+    max_model_len: longest sequence in tokens, None for as long as the model can.
+    kv_cache_bytes: memory for keys and values on a CPU; on a GPU vLLM takes what is left.
+    """
+
+    model: str
+    dtype: str
+    max_rank: int
+    max_loras: int
+    keep_versions: int
+    max_model_len: int | None
+    kv_cache_bytes: int

@@ -1,0 +1,270 @@
+"""vLLM: start, generate, score, install and drop adapters, stop.
+
+The only module of the service's own process that imports vLLM. It validates nothing; `sampler.py` has done that.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import multiprocessing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import structlog
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.inputs.engine import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.system_utils import kill_process_tree
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from sampler_service.config import SamplerConfig
+from sampler_service.requests import Delta, Finish, Position, Sampling
+from sampler_service.staging import StagingBuffer
+from sampler_service.versions import Version
+from service_common import errors
+from service_common.checkpoint import Checkpoint
+from service_common.lora import TARGET_MODULES
+from tinkerbell import tensors
+from tinkerbell.v1 import common_pb2
+
+log = structlog.get_logger(__name__)
+
+# Ranks for which vLLM reserves memory; others round up.
+_SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# vLLM reports a completion that ended at a stop string before it tells its core to stop generating it. An adapter
+# that is dropped in between takes the core down, so that much time passes between the last report and the drop.
+_DROP_GRACE_SECONDS = 1.0
+
+# How long vLLM's core may take to end its workers, which have 5 s of their own, before all of them are killed.
+_SHUTDOWN_SECONDS = 15.0
+
+_FINISH = {None: None, "stop": Finish.STOP, "length": Finish.LENGTH}
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the running engine is.
+
+    device: "cpu" or "cuda".
+    dtype: of the base weights.
+    max_model_len: longest sequence in tokens.
+    """
+
+    device: str
+    dtype: common_pb2.DataType
+    max_model_len: int
+
+
+class Engine:
+    """A running vLLM with one base model.
+
+    Every method raises ServiceError UNAVAILABLE (ENGINE_DEAD) once vLLM's processes have died.
+    """
+
+    def __init__(self, config: SamplerConfig, checkpoint: Checkpoint, has_tokenizer: bool):
+        """Starts vLLM's processes and returns when they are ready, after a minute or so. Not on the event loop."""
+        on_cpu = current_platform.is_cpu()
+        arguments: dict[str, Any] = {}
+        if on_cpu:
+            arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes
+            arguments["max_num_batched_tokens"] = 512  # longer prompts take several steps, and others decode between
+        elif config.dtype == "float32":
+            raise errors.invalid_argument(
+                "DTYPE_UNSUPPORTED",
+                "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
+                dtype="float32",
+            )
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(checkpoint.folder),
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                skip_tokenizer_init=not has_tokenizer,
+                enable_prefix_caching=True,
+                enable_lora=True,
+                max_loras=config.max_loras,
+                max_lora_rank=min(rank for rank in _SLOT_RANKS if rank >= config.max_rank),
+                # Left alone vLLM adapts embeddings and lm_head as well: large slots, and scoring crashes on a CPU.
+                lora_target_modules=list(TARGET_MODULES),
+                worker_extension_cls="sampler_service.worker_extension.LoraWorkerExtension",
+                disable_log_stats=True,
+                **arguments,
+            )
+        )
+        self._has_tokenizer = has_tokenizer
+        self._request_ids = itertools.count()
+        self._drops: set[asyncio.Task[None]] = set()
+        model = self._llm.model_config
+        self.info = EngineInfo(
+            device="cpu" if on_cpu else "cuda",
+            dtype=tensors.dtype_from_name(str(model.dtype).removeprefix("torch.")),
+            max_model_len=model.max_model_len,
+        )
+
+    @property
+    def dead(self) -> bool:
+        """True once vLLM's processes have died; nothing brings them back."""
+        return self._llm.errored
+
+    async def prove(self) -> None:
+        """Runs one step. vLLM can load models that it cannot run, and dies of the first request for them."""
+        async for _ in self.generate((0,), Sampling(max_tokens=1), None):
+            pass
+
+    async def generate(
+        self, prompt: Sequence[int], sampling: Sampling, version: Version | None
+    ) -> AsyncGenerator[Delta]:
+        """Streams the completions' new tokens, those of all completions interleaved. Closing the iterator aborts."""
+        temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        if temperature == 0 and sampling.n > 1:
+            # vLLM refuses equal completions. The likeliest token alone, at any temperature, is the greedy one.
+            temperature, top_p, top_k = 1.0, 1.0, 1
+        parameters = SamplingParams(
+            n=sampling.n,
+            max_tokens=sampling.max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            # vLLM takes -1 for none and adds the completion's index, which must not overflow.
+            seed=None if sampling.seed is None else sampling.seed % (1 << 62),
+            stop=list(sampling.stop),
+            logprobs=sampling.logprobs,
+            detokenize=self._has_tokenizer,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        async with self._request(prompt, parameters, version) as outputs:
+            async for output in outputs:
+                for completion in output.outputs:
+                    yield Delta(
+                        index=completion.index,
+                        tokens=list(completion.token_ids),
+                        text=completion.text,
+                        logprobs=_positions(completion, sampling.logprobs),
+                        finish=_finish(completion.finish_reason),
+                    )
+
+    async def score(self, tokens: Sequence[int], version: Version | None) -> np.ndarray:
+        """float32 [len(tokens) - 1]: log p(tokens[i + 1] | tokens[0..i]) at temperature 1. Cancelling it aborts."""
+        parameters = SamplingParams(
+            max_tokens=1,  # the least that vLLM generates
+            temperature=0,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with self._request(tokens, parameters, version) as outputs:
+            async for output in outputs:
+                prompt_logprobs = output.prompt_logprobs
+        return np.array(
+            [entry[token].logprob for token, entry in zip(tokens[1:], prompt_logprobs[1:], strict=True)], np.float32
+        )
+
+    async def install(self, version: Version, specs: Sequence[common_pb2.TensorSpec], buffer: StagingBuffer) -> None:
+        """Brings a version's tensors into every worker and proves that vLLM can load it; or leaves nothing anywhere.
+
+        INVALID_ARGUMENT when a number is not finite.
+        """
+        layout = [(spec.name, tensors.dtype_name(spec.dtype), list(spec.shape), spec.offset) for spec in specs]
+        try:
+            answers = await self._on_all_ranks(
+                "tinkerbell_stage",
+                version.uri,
+                buffer.path,
+                buffer.size_bytes,
+                version.lora.rank,
+                version.lora.alpha,
+                layout,
+            )
+            for rank, (count, not_finite) in enumerate(answers):
+                if not_finite:
+                    raise errors.invalid_argument(
+                        "TENSOR_NOT_FINITE",
+                        f"tensor {not_finite!r}, scaled and rounded to this sampler's dtype, has an infinity or a NaN",
+                        tensor=not_finite,
+                    )
+                if count != len(layout):
+                    raise RuntimeError(f"rank {rank} has stored {count} of {len(layout)} tensors of {version.uri}")
+            await self._llm.add_lora(_lora_request(version))
+        except BaseException:
+            await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
+            raise
+
+    def drop(self, version: Version) -> None:
+        """Frees a version's memory in every worker, soon. Its last request must have ended."""
+        task = asyncio.create_task(self._drop(version))
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
+
+    def shutdown(self) -> None:
+        """Ends vLLM's processes. Takes seconds and blocks."""
+        self._llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+
+    async def _drop(self, version: Version) -> None:
+        await asyncio.sleep(_DROP_GRACE_SECONDS)
+        await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
+        log.info("version_dropped", adapter_id=version.adapter_id, version=version.version)
+
+    async def _on_all_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        with _dead_engine_reported():
+            return await self._llm.collective_rpc(method, args=arguments)
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, prompt: Sequence[int], parameters: SamplingParams, version: Version | None
+    ) -> AsyncIterator[AsyncIterator[Any]]:
+        outputs = self._llm.generate(
+            tokens_input(list(prompt)),
+            parameters,
+            request_id=str(next(self._request_ids)),
+            lora_request=_lora_request(version) if version else None,
+        )
+        with _dead_engine_reported():
+            async with contextlib.aclosing(outputs):
+                yield outputs
+
+
+def kill_starting_engine() -> None:
+    """Ends vLLM's processes while an `Engine` is being made, whose constructor then raises.
+
+    Kills, since they do not react to SIGTERM before they are ready, and have nothing to lose yet.
+    """
+    for child in multiprocessing.active_children():
+        kill_process_tree(child.pid)
+
+
+def _lora_request(version: Version) -> LoRARequest:
+    return LoRARequest(version.lora_name, version.lora_id, version.uri)
+
+
+def _finish(reason: str | None) -> Finish | None:
+    if reason not in _FINISH:
+        raise errors.unavailable(
+            "COMPLETION_ABORTED", f"vLLM gave the completion up ({reason}); send it again", finish_reason=reason
+        )
+    return _FINISH[reason]
+
+
+def _positions(completion: Any, count: int | None) -> list[Position]:
+    if count is None:
+        return []
+    positions = []
+    for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
+        top = sorted(((entry.logprob, other) for other, entry in entries.items()), reverse=True)[:count]
+        positions.append(Position(entries[token].logprob, [(other, logprob) for logprob, other in top]))
+    return positions
+
+
+@contextlib.contextmanager
+def _dead_engine_reported():
+    try:
+        yield
+    except EngineDeadError as cause:
+        raise errors.unavailable(
+            "ENGINE_DEAD", "vLLM has died; the sampler is about to end, try another one"
+        ) from cause

@@ -1,0 +1,166 @@
+"""A version on its way in: announced, received, proven, installed; or gone without a trace."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from sampler_service.staging import StagingBuffer
+from sampler_service.versions import Registry, Version
+from service_common import errors
+from service_common.checkpoint import Checkpoint
+from service_common.lora import check_adapter_id, check_manifest, normalized
+from tinkerbell import payload
+from tinkerbell.v1 import common_pb2
+
+log = structlog.get_logger(__name__)
+
+# Brings a version's tensors from the buffer into every worker, or into none.
+Install = Callable[[Version, Sequence[common_pb2.TensorSpec], StagingBuffer], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class AlreadyLive:
+    """The answer to a push of bytes that this sampler has."""
+
+    version: Version
+
+
+class Pushes:
+    """Opens pushes, one at a time per adapter."""
+
+    def __init__(self, checkpoint: Checkpoint, max_rank: int, registry: Registry, install: Install):
+        """`checkpoint`: the base model; `max_rank`: the largest rank that a push may have."""
+        self._checkpoint = checkpoint
+        self._max_rank = max_rank
+        self._registry = registry
+        self._install = install
+        self._open: set[str] = set()
+
+    def begin(self, adapter_id: str, version: int, manifest: common_pb2.AdapterManifest) -> "Push | AlreadyLive":
+        """Checks what is announced and reserves the adapter. The caller must `close` the push.
+
+        INVALID_ARGUMENT or FAILED_PRECONDITION when the base model cannot carry the adapter, ALREADY_EXISTS when
+        the version is not above the latest one, ABORTED while another push of the adapter is open.
+        """
+        check_adapter_id(adapter_id)
+        if version < 1:
+            raise errors.invalid_argument("VERSION_INVALID", "versions count from 1", field="version", version=version)
+        check_manifest(manifest, self._checkpoint, self._max_rank)
+        if live := self._already_live(adapter_id, version, manifest.digest):
+            return AlreadyLive(live)
+        if adapter_id in self._open:
+            raise errors.aborted(
+                "PUSH_IN_PROGRESS",
+                f"another push of adapter {adapter_id!r} is in progress; push again when it has ended",
+                adapter_id=adapter_id,
+            )
+        announced = Version(
+            adapter_id=adapter_id,
+            version=version,
+            digest=manifest.digest,
+            lora=normalized(manifest.lora, self._max_rank),
+            size_bytes=manifest.size_bytes,
+        )
+        push = Push(announced, manifest, self._registry, self._install, lambda: self._open.remove(adapter_id))
+        self._open.add(adapter_id)
+        return push
+
+    def _already_live(self, adapter_id: str, version: int, digest: str) -> Version | None:
+        latest = self._registry.latest(adapter_id)
+        if latest is None:
+            return None
+        same_number = self._registry.find(adapter_id, version)
+        for live in (same_number, latest):
+            if live is not None and live.digest == digest:
+                return live
+        if version <= latest.version:
+            raise errors.already_exists(
+                "VERSION_EXISTS",
+                f"version {version} of adapter {adapter_id!r} is not above the latest one, {latest.version}, and has "
+                f"another digest; push it as version {latest.version + 1} or higher",
+                adapter_id=adapter_id,
+                version=version,
+                latest_version=latest.version,
+            )
+        return None
+
+
+class Push:
+    """One push that was accepted. Only `commit` makes anything live."""
+
+    def __init__(
+        self,
+        version: Version,
+        manifest: common_pb2.AdapterManifest,
+        registry: Registry,
+        install: Install,
+        release: Callable[[], None],
+    ):
+        """`release` is called once, when the push is over."""
+        self._version = version
+        self._manifest = manifest
+        self._registry = registry
+        self._install = install
+        self._release = release
+        self._buffer = StagingBuffer(manifest.size_bytes)
+        self._receiver = payload.Receiver(manifest, self._buffer.view)
+        self._commit: asyncio.Task[None] | None = None
+
+    def add(self, chunk: common_pb2.PayloadChunk) -> None:
+        """Takes the next piece. DATA_LOSS when it is damaged, out of order or too much."""
+        try:
+            self._receiver.add(chunk)
+        except payload.PayloadError as cause:
+            raise self._damaged(cause) from cause
+
+    async def commit(self) -> Version:
+        """Installs the version on every rank and makes it live.
+
+        DATA_LOSS when the payload is not what was announced, INVALID_ARGUMENT when its numbers are not finite. Once
+        begun it runs to its end, even if the caller is cancelled: a half-installed version helps nobody, and a
+        caller that never heard the answer finds the digest live when it pushes again.
+        """
+        try:
+            self._receiver.finish()
+        except payload.PayloadError as cause:
+            raise self._damaged(cause) from cause
+        self._commit = asyncio.create_task(self._install_and_publish())
+        await asyncio.shield(self._commit)
+        return self._version
+
+    def close(self) -> None:
+        """Ends the push, however it went; without `commit` nothing of it stays."""
+        if self._commit is None or self._commit.done():
+            self._free()
+        else:
+            self._commit.add_done_callback(self._outlived)
+
+    async def _install_and_publish(self) -> None:
+        await self._install(self._version, self._manifest.tensors, self._buffer)
+        self._registry.publish(self._version)
+        log.info(
+            "version_live",
+            adapter_id=self._version.adapter_id,
+            version=self._version.version,
+            digest=self._version.digest,
+            size_bytes=self._version.size_bytes,
+        )
+
+    def _outlived(self, commit: asyncio.Task[None]) -> None:
+        if not commit.cancelled() and (error := commit.exception()):
+            log.warning("abandoned_push_failed", adapter_id=self._version.adapter_id, error=str(error))
+        self._free()
+
+    def _free(self) -> None:
+        self._buffer.close()
+        self._release()
+
+    def _damaged(self, cause: payload.PayloadError) -> errors.ServiceError:
+        return errors.data_loss(
+            "PAYLOAD_DAMAGED",
+            f"{cause}; nothing was installed, push again",
+            adapter_id=self._version.adapter_id,
+            version=self._version.version,
+        )

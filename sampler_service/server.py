@@ -1,0 +1,170 @@
+"""SamplerService over gRPC: proto in, one call, proto out."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from sampler_service.push import AlreadyLive
+from sampler_service.requests import ChatPrompt, Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
+from sampler_service.sampler import Generation, Sampler
+from sampler_service.versions import Version
+from service_common import errors
+from service_common.lora import TARGET_MODULES
+from tinkerbell import tensors
+from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
+
+_FINISH_REASONS = {
+    None: sampler_pb2.FINISH_REASON_UNSPECIFIED,
+    Finish.STOP: sampler_pb2.FINISH_REASON_STOP,
+    Finish.LENGTH: sampler_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
+    """Answers UNAVAILABLE (ENGINE_LOADING) until it is given a sampler."""
+
+    def __init__(self) -> None:
+        self._loaded: Sampler | None = None
+
+    def attach(self, sampler: Sampler) -> None:
+        """Starts answering."""
+        self._loaded = sampler
+
+    @property
+    def _sampler(self) -> Sampler:
+        if self._loaded is None:
+            raise errors.unavailable("ENGINE_LOADING", "the base model is still being loaded; try again in a minute")
+        return self._loaded
+
+    async def PushAdapter(
+        self, request_iterator: AsyncIterator[sampler_pb2.PushAdapterRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sampler_pb2.PushAdapterResponse]:
+        sampler = self._sampler
+        first = await anext(aiter(request_iterator), sampler_pb2.PushAdapterRequest())
+        if not first.HasField("begin"):
+            raise _unexpected_frame("a push starts with BEGIN", first)
+        push = sampler.pushes.begin(first.begin.adapter_id, first.begin.version, first.begin.manifest)
+        if isinstance(push, AlreadyLive):
+            yield self._committed(push.version, already_live=True)
+            return
+        try:
+            yield sampler_pb2.PushAdapterResponse(accepted=sampler_pb2.PushAccepted())
+            async for request in request_iterator:
+                match request.WhichOneof("frame"):
+                    case "chunk":
+                        push.add(request.chunk)
+                    case "commit":
+                        yield self._committed(await push.commit(), already_live=False)
+                        return
+                    case _:
+                        raise _unexpected_frame("CHUNK or COMMIT follows BEGIN", request)
+            # A stream that was cut looks just like one that was closed.
+            raise errors.aborted("PUSH_NOT_COMMITTED", "the push ended without COMMIT; nothing was installed")
+        finally:
+            push.close()
+
+    async def ListAdapters(
+        self, request: sampler_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.ListAdaptersResponse:
+        response = sampler_pb2.ListAdaptersResponse()
+        for adapter_id, versions in self._sampler.registry.adapters().items():
+            adapter = response.adapters.add(adapter_id=adapter_id, latest_version=versions[-1].version.version)
+            for live in versions:
+                adapter.versions.add(
+                    version=live.version.version,
+                    digest=live.version.digest,
+                    lora=live.version.lora,
+                    size_bytes=live.version.size_bytes,
+                    active_requests=live.active_requests,
+                )
+        return response
+
+    async def UnloadAdapter(
+        self, request: sampler_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.UnloadAdapterResponse:
+        return sampler_pb2.UnloadAdapterResponse(
+            versions=self._sampler.registry.unload(request.adapter_id, request.version)
+        )
+
+    async def Generate(
+        self, request: sampler_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sampler_pb2.GenerateResponse]:
+        admission = self._sampler.generate(
+            request.adapter_id, request.version, _prompt(request), _sampling(request.sampling)
+        )
+        async with admission as generation:
+            async for delta in generation.deltas:
+                yield self._response(generation, delta)
+
+    async def ComputeLogprobs(
+        self, request: sampler_pb2.ComputeLogprobsRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.ComputeLogprobsResponse:
+        served_by, logprobs = await self._sampler.compute_logprobs(
+            request.adapter_id, request.version, [sequence.tokens for sequence in request.sequences]
+        )
+        return sampler_pb2.ComputeLogprobsResponse(
+            served_by=self._served_by(served_by), logprobs=[tensors.encode(array) for array in logprobs]
+        )
+
+    async def GetBackendInfo(
+        self, request: sampler_pb2.SamplerServiceGetBackendInfoRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.SamplerServiceGetBackendInfoResponse:
+        sampler = self._sampler
+        return sampler_pb2.SamplerServiceGetBackendInfoResponse(
+            base_model=sampler.base_model,
+            device=sampler.device,
+            versions=sampler.package_versions,
+            max_rank=sampler.config.max_rank,
+            max_loras=sampler.config.max_loras,
+            keep_versions=sampler.config.keep_versions,
+            active_requests=sampler.active_requests,
+            target_modules=TARGET_MODULES,
+        )
+
+    def _served_by(self, version: Version | None) -> sampler_pb2.AdapterVersion:
+        if version is None:
+            return sampler_pb2.AdapterVersion(digest=self._sampler.base_model.fingerprint)
+        return sampler_pb2.AdapterVersion(adapter_id=version.adapter_id, version=version.version, digest=version.digest)
+
+    def _committed(self, version: Version, already_live: bool) -> sampler_pb2.PushAdapterResponse:
+        return sampler_pb2.PushAdapterResponse(
+            committed=sampler_pb2.PushCommitted(version=self._served_by(version), already_live=already_live)
+        )
+
+    def _response(self, generation: Generation, delta: Delta) -> sampler_pb2.GenerateResponse:
+        response = sampler_pb2.GenerateResponse(
+            served_by=self._served_by(generation.served_by),
+            index=delta.index,
+            tokens=delta.tokens,
+            text=delta.text,
+            finish_reason=_FINISH_REASONS[delta.finish],
+            prompt_tokens=generation.prompt_tokens,
+        )
+        for position in delta.logprobs:
+            entry = response.logprobs.add(logprob=position.logprob)
+            for token, logprob in position.top:
+                entry.top.add(token=token, logprob=logprob)
+        return response
+
+
+def _prompt(request: sampler_pb2.GenerateRequest) -> Prompt:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return TextPrompt(request.text)
+        case "chat":
+            return ChatPrompt([(message.role, message.content) for message in request.chat.messages])
+        case _:  # without any it is empty, and refused as such
+            return TokenPrompt(request.tokens.tokens)
+
+
+def _sampling(params: sampler_pb2.SamplingParams) -> Sampling:
+    optional = ("n", "max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
+    given = {name: getattr(params, name) for name in optional if params.HasField(name)}
+    return Sampling(stop=tuple(params.stop), **given)
+
+
+def _unexpected_frame(rule: str, request: sampler_pb2.PushAdapterRequest) -> errors.ServiceError:
+    frame = request.WhichOneof("frame") or "none"
+    return errors.invalid_argument(
+        "FRAME_UNEXPECTED", f"{rule}, and this frame is {frame.upper()}", field="frame", frame=frame
+    )

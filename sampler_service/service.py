@@ -1,0 +1,91 @@
+"""The sampler's life: listen, load, serve, drain, end."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from sampler_service.config import SamplerConfig
+from sampler_service.sampler import Sampler
+from sampler_service.server import SamplerServicer
+from sampler_service.tokenizer import Tokenizer
+from service_common import checkpoint, rpc
+from service_common.errors import ServiceError
+from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
+
+if TYPE_CHECKING:
+    from sampler_service.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name
+
+
+async def serve(config: SamplerConfig, listen: str, drain_seconds: float) -> int:
+    """Serves on `listen` (HOST:PORT) until a signal comes or vLLM dies, and leaves no process behind.
+
+    Returns the exit status: 0 after a signal, 1 when the model cannot be loaded or vLLM has died.
+    """
+    servicer = SamplerServicer()
+    server = rpc.Server(
+        listen, SERVICE_NAME, lambda inner: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, inner)
+    )
+    signalled = asyncio.create_task(rpc.until_signal())
+    await server.start()
+    loading = asyncio.create_task(_load(config))
+    await asyncio.wait((signalled, loading), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        await server.drain(0)
+        await _abandon(loading)
+        return 0
+    try:
+        sampler, engine = loading.result()
+    except Exception as error:
+        log.error("load_failed", model=config.model, error=str(error), exc_info=not isinstance(error, ServiceError))
+        await server.drain(0)
+        return 1
+    servicer.attach(sampler)
+    await server.set_ready()
+    died = asyncio.create_task(_until_dead(engine))
+    await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
+    if died.done():
+        log.error("engine_died")
+    await server.drain(0 if died.done() else drain_seconds)
+    engine.shutdown()
+    return 1 if died.done() else 0
+
+
+async def _load(config: SamplerConfig) -> "tuple[Sampler, Engine]":
+    sampler, engine = await asyncio.to_thread(_start, config)
+    try:
+        await engine.prove()
+    except BaseException:
+        engine.shutdown()
+        raise
+    return sampler, engine
+
+
+def _start(config: SamplerConfig) -> "tuple[Sampler, Engine]":
+    # Importing vLLM takes ten seconds, in which the server answers already.
+    from sampler_service.engine import Engine  # noqa: PLC0415
+
+    base = checkpoint.resolve(config.model)
+    tokenizer = Tokenizer(base.folder)
+    engine = Engine(config, base, has_tokenizer=tokenizer.present)
+    return Sampler(config, base, engine, tokenizer), engine
+
+
+async def _abandon(loading: asyncio.Task) -> None:
+    """Ends a load that nobody waits for. A thread cannot be stopped, but what it waits for can."""
+    from sampler_service.engine import kill_starting_engine  # noqa: PLC0415  as above
+
+    while not loading.done():
+        kill_starting_engine()
+        await asyncio.wait((loading,), timeout=0.2)
+    if not loading.exception():  # it had just become ready
+        loading.result()[1].shutdown()
+
+
+async def _until_dead(engine: "Engine") -> None:
+    while not engine.dead:  # noqa: ASYNC110  vLLM sets no event
+        await asyncio.sleep(1)

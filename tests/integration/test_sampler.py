@@ -1,0 +1,528 @@
+"""The sampler as a client sees it: one real process, SmolLM2, vLLM on whatever the host has."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers
+from google.rpc import error_details_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from random_adapters import Adapter, logprobs, peft_model, push_frames, random_adapter
+from sampler_processes import start_sampler, wait_ready
+
+from service_common.checkpoint import Checkpoint
+from tinkerbell import tensors
+from tinkerbell.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
+
+pytestmark = pytest.mark.engine
+
+Tokens = sampler_pb2.TokenSequence
+STORY = "Once upon a time, in a village by the sea,"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(smollm2) -> Checkpoint:
+    return Checkpoint(str(smollm2), smollm2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return transformers.AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def base(smollm2):
+    return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+async def stub(sampler_process):
+    async with grpc.aio.insecure_channel(sampler_process.address) as channel:
+        yield sampler_pb2_grpc.SamplerServiceStub(channel)
+
+
+async def push(stub, adapter: Adapter, adapter_id: str, version: int) -> sampler_pb2.PushCommitted:
+    responses = [response async for response in stub.PushAdapter(push_frames(adapter, adapter_id, version))]
+    return responses[-1].committed
+
+
+@pytest.fixture(scope="session")
+async def v1(stub, checkpoint) -> Adapter:
+    """Live as version 1 of "anna", and version 2 is `v2`."""
+    adapter = random_adapter(checkpoint, seed=1)
+    await push(stub, adapter, "anna", 1)
+    return adapter
+
+
+@pytest.fixture(scope="session")
+async def v2(stub, checkpoint, v1) -> Adapter:
+    adapter = random_adapter(checkpoint, seed=2, rank=16, alpha=32.0)
+    await push(stub, adapter, "anna", 2)
+    return adapter
+
+
+async def generate(stub, adapter_id: str = "", version: int = 0, text: str = STORY, **sampling):
+    """(served_by, tokens, text, logprobs, finish reason) per completion."""
+    request = sampler_pb2.GenerateRequest(
+        adapter_id=adapter_id, version=version, text=text, sampling=sampler_pb2.SamplingParams(**sampling)
+    )
+    completions = [([], [], []) for _ in range(sampling.get("n", 1))]
+    finish = {}
+    async for response in stub.Generate(request):
+        ids, texts, positions = completions[response.index]
+        ids.extend(response.tokens)
+        texts.append(response.text)
+        positions.extend(response.logprobs)
+        served_by = response.served_by
+        if response.finish_reason:
+            assert response.index not in finish, "nothing follows a completion's last message"
+            finish[response.index] = response.finish_reason
+    return [
+        (served_by, ids, "".join(texts), scores, finish[index])
+        for index, (ids, texts, scores) in enumerate(completions)
+    ]
+
+
+async def scores(stub, tokens: list[int], adapter_id: str = "", version: int = 0):
+    response = await stub.ComputeLogprobs(
+        sampler_pb2.ComputeLogprobsRequest(
+            adapter_id=adapter_id, version=version, sequences=[Tokens(tokens=tokens), Tokens(tokens=tokens[:5])]
+        )
+    )
+    whole, start = (tensors.decode(array) for array in response.logprobs)
+    np.testing.assert_allclose(start, whole[:4], atol=1e-3)
+    return response.served_by, whole
+
+
+async def refusal(call) -> tuple[grpc.StatusCode, error_details_pb2.ErrorInfo]:
+    """Code and ErrorInfo of a call that must fail."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    status = rpc_status.from_call(caught.value)
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert info.domain == "tinkerbell"
+    return caught.value.code(), info
+
+
+async def active_requests(stub) -> int:
+    return (await stub.GetBackendInfo(sampler_pb2.SamplerServiceGetBackendInfoRequest())).active_requests
+
+
+async def until_idle(stub) -> None:
+    for _ in range(200):
+        if not await active_requests(stub):
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail("requests still run after 10 s")
+
+
+async def live(stub) -> dict[str, list[int]]:
+    response = await stub.ListAdapters(sampler_pb2.ListAdaptersRequest())
+    return {adapter.adapter_id: [live.version for live in adapter.versions] for adapter in response.adapters}
+
+
+async def test_the_base_model_is_what_was_asked_for(stub, checkpoint):
+    info = await stub.GetBackendInfo(sampler_pb2.SamplerServiceGetBackendInfoRequest())
+    assert info.base_model.fingerprint == checkpoint.fingerprint
+    assert info.base_model.dtype == common_pb2.DATA_TYPE_FLOAT32
+    assert info.base_model.max_sequence_length == 2048
+    assert (info.max_rank, info.max_loras, info.keep_versions, info.active_requests) == (64, 4, 2, 0)
+    assert "torch" in info.versions
+
+
+async def test_greedy_base_tokens_are_hugging_faces(stub, base, tokenizer, checkpoint):
+    prompt = tokenizer.encode(STORY)
+    expected = base.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0, len(prompt) :].tolist()
+    ((served_by, ids, text, _, finish),) = await generate(stub, temperature=0, max_tokens=24)
+    assert ids == expected
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert finish == sampler_pb2.FINISH_REASON_LENGTH
+    assert (served_by.adapter_id, served_by.version, served_by.digest) == ("", 0, checkpoint.fingerprint)
+
+
+async def test_base_scores_are_hugging_faces(stub, base, tokenizer):
+    prompt = tokenizer.encode(STORY)
+    _, ours = await scores(stub, prompt)
+    np.testing.assert_allclose(ours, logprobs(base, prompt), atol=1e-3)
+
+
+async def test_a_pushed_adapter_scores_like_peft(stub, base, tokenizer, smollm2, v1):
+    prompt = tokenizer.encode(STORY)
+    served_by, ours = await scores(stub, prompt, "anna", 1)
+    expected = logprobs(peft_model(smollm2, v1), prompt)
+    assert (served_by.adapter_id, served_by.version, served_by.digest) == ("anna", 1, v1.manifest.digest)
+    assert np.abs(ours - expected).mean() < 0.001
+    assert np.abs(logprobs(base, prompt) - expected).mean() > 0.05
+
+
+async def test_two_versions_coexist_and_responses_say_which(stub, tokenizer, smollm2, v1, v2):
+    prompt = tokenizer.encode(STORY)
+    (by_1, first), (by_2, second), (by_latest, latest) = await asyncio.gather(
+        scores(stub, prompt, "anna", 1), scores(stub, prompt, "anna", 2), scores(stub, prompt, "anna")
+    )
+    assert (by_1.version, by_1.digest) == (1, v1.manifest.digest)
+    assert (by_2.version, by_2.digest) == (2, v2.manifest.digest)
+    assert by_latest == by_2
+    assert np.abs(first - logprobs(peft_model(smollm2, v1), prompt)).mean() < 0.001
+    assert np.abs(second - logprobs(peft_model(smollm2, v2), prompt)).mean() < 0.001
+    np.testing.assert_allclose(latest, second, atol=1e-4)
+
+
+async def test_everyone_in_a_mixed_batch_gets_what_they_get_alone(stub, v1, v2):
+    askers = [("", 0), ("anna", 1), ("anna", 2)]
+    alone = [await generate(stub, *asker, temperature=0, max_tokens=16, logprobs=0) for asker in askers]
+    together = await asyncio.gather(
+        *(generate(stub, *asker, temperature=0, max_tokens=16, logprobs=0) for asker in askers * 2)
+    )
+    for one, many in zip(alone * 2, together, strict=True):
+        assert one[0][0] == many[0][0]
+        assert one[0][1] == many[0][1]
+        np.testing.assert_allclose(
+            [position.logprob for position in one[0][3]], [position.logprob for position in many[0][3]], atol=1e-3
+        )
+    assert len({tuple(completions[0][1]) for completions in alone}) == 3
+
+
+async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, checkpoint):
+    old = random_adapter(checkpoint, seed=11)
+    await push(stub, old, "bert", 1)
+    ((_, expected, *_),) = await generate(stub, "bert", temperature=0, max_tokens=40)
+    request = sampler_pb2.GenerateRequest(
+        adapter_id="bert", text=STORY, sampling=sampler_pb2.SamplingParams(temperature=0, max_tokens=40)
+    )
+    call = aiter(stub.Generate(request))
+    responses = [await anext(call)]
+    for number in (2, 3, 4):
+        await push(stub, random_adapter(checkpoint, seed=10 + number), "bert", number)
+    assert (await live(stub))["bert"] == [1, 3, 4]
+    async for response in call:
+        responses.append(response)
+    assert [token for response in responses for token in response.tokens] == expected
+    assert {response.served_by.version for response in responses} == {1}
+    assert (await live(stub))["bert"] == [3, 4]
+    unloaded = await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert"))
+    assert list(unloaded.versions) == [3, 4]
+    code, info = await refusal(stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert")))
+    assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_logprobs_are_the_models_own_at_any_temperature(stub, v1):
+    ((_, ids, _, positions, _),) = await generate(stub, "anna", 1, temperature=0.5, seed=3, max_tokens=8, logprobs=3)
+    ((_, _, _, bare, _),) = await generate(stub, "anna", 1, temperature=0.5, seed=3, max_tokens=8, logprobs=0)
+    assert len(positions) == len(ids) == len(bare)
+    for token, position, alone in zip(ids, positions, bare, strict=True):
+        assert len(position.top) == 3
+        assert not alone.top
+        assert alone.logprob == pytest.approx(position.logprob, abs=1e-4)
+        assert [entry.logprob for entry in position.top] == sorted((e.logprob for e in position.top), reverse=True)
+        for entry in position.top:
+            if entry.token == token:
+                assert entry.logprob == position.logprob
+    ((*_, none, _),) = await generate(stub, max_tokens=2)
+    assert none == []
+
+
+async def test_a_seed_repeats_all_completions(stub):
+    first = await generate(stub, n=2, seed=7, max_tokens=12)
+    second = await generate(stub, n=2, seed=7, max_tokens=12)
+    assert [completion[1] for completion in first] == [completion[1] for completion in second]
+    assert first[0][1] != first[1][1]
+
+
+async def test_greedy_completions_are_all_the_greedy_one(stub):
+    ((_, expected, *_),) = await generate(stub, temperature=0, max_tokens=8)
+    completions = await generate(stub, n=3, temperature=0, max_tokens=8)
+    assert [completion[1] for completion in completions] == [expected] * 3
+
+
+async def test_a_stop_string_ends_the_text_before_it(stub):
+    ((_, _, whole, _, _),) = await generate(stub, temperature=0, max_tokens=24)
+    word = whole.split()[3]
+    ((_, _, text, _, finish),) = await generate(stub, temperature=0, max_tokens=24, stop=[word])
+    assert text == whole[: whole.index(word)]
+    assert finish == sampler_pb2.FINISH_REASON_STOP
+
+
+async def test_a_chat_is_laid_out_by_the_template(stub, tokenizer):
+    messages = [{"role": "user", "content": "Say hello."}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    sampling = sampler_pb2.SamplingParams(temperature=0, max_tokens=8)
+    chat = sampler_pb2.Chat(messages=[sampler_pb2.ChatMessage(**message) for message in messages])
+    answers = []
+    for prompt in ({"chat": chat}, {"tokens": Tokens(tokens=ids)}):
+        call = stub.Generate(sampler_pb2.GenerateRequest(sampling=sampling, **prompt))
+        answers.append([(list(response.tokens), response.prompt_tokens) async for response in call])
+    assert answers[0] == answers[1]
+    assert answers[0][0][1] == len(ids)
+
+
+async def test_cancelling_stops_the_work(stub, v1):
+    call = stub.Generate(
+        sampler_pb2.GenerateRequest(adapter_id="anna", text=STORY, sampling=sampler_pb2.SamplingParams(n=4))
+    )
+    await call.read()
+    assert await active_requests(stub) == 1
+    call.cancel()
+    await until_idle(stub)
+
+
+GENERATE, SCORE, UNLOAD = "Generate", "ComputeLogprobs", "UnloadAdapter"
+PROMPT = {"tokens": Tokens(tokens=[1, 2, 3])}
+
+
+def sampled(**sampling):
+    return PROMPT | {"sampling": sampler_pb2.SamplingParams(**sampling)}
+
+
+def chat(role: str):
+    return {"chat": sampler_pb2.Chat(messages=[sampler_pb2.ChatMessage(role=role, content="Hi")])}
+
+
+@pytest.mark.parametrize(
+    ("method", "request_fields", "code", "reason"),
+    [
+        (GENERATE, PROMPT | {"adapter_id": "nobody"}, "NOT_FOUND", "ADAPTER_NOT_FOUND"),
+        (GENERATE, PROMPT | {"adapter_id": "anna", "version": 99}, "NOT_FOUND", "VERSION_NOT_FOUND"),
+        (GENERATE, PROMPT | {"version": 1}, "INVALID_ARGUMENT", "VERSION_WITHOUT_ADAPTER"),
+        (GENERATE, {}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
+        (GENERATE, {"tokens": Tokens()}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
+        (GENERATE, {"text": ""}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
+        (GENERATE, {"chat": sampler_pb2.Chat()}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
+        (GENERATE, chat("wizard"), "INVALID_ARGUMENT", "CHAT_ROLE_UNKNOWN"),
+        (GENERATE, {"tokens": Tokens(tokens=[1, 49152])}, "INVALID_ARGUMENT", "TOKEN_OUT_OF_RANGE"),
+        (GENERATE, {"tokens": Tokens(tokens=[-1])}, "INVALID_ARGUMENT", "TOKEN_OUT_OF_RANGE"),
+        (GENERATE, {"tokens": Tokens(tokens=[1] * 2048)}, "INVALID_ARGUMENT", "SEQUENCE_TOO_LONG"),
+        (GENERATE, sampled(n=0), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(n=129), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(max_tokens=0), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(temperature=-0.1), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(temperature=float("nan")), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(temperature=float("inf")), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(top_p=0), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(top_p=1.1), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(logprobs=21), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(stop=[""]), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (SCORE, {}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
+        (SCORE, {"sequences": [Tokens(tokens=[1])]}, "INVALID_ARGUMENT", "SEQUENCE_TOO_SHORT"),
+        (
+            SCORE,
+            {"sequences": [Tokens(tokens=[1, 2]), Tokens(tokens=[1, 49152])]},
+            "INVALID_ARGUMENT",
+            "TOKEN_OUT_OF_RANGE",
+        ),
+        (SCORE, {"sequences": [Tokens(tokens=[1, 2])], "adapter_id": "nobody"}, "NOT_FOUND", "ADAPTER_NOT_FOUND"),
+        (UNLOAD, {"adapter_id": "anna", "version": 99}, "NOT_FOUND", "VERSION_NOT_FOUND"),
+    ],
+)
+async def test_a_bad_request_is_refused_before_the_engine(stub, v2, method, request_fields, code, reason):
+    request = getattr(sampler_pb2, f"{method}Request")(**request_fields)
+    refused_with, info = await refusal(getattr(stub, method)(request))
+    assert (refused_with.name, info.reason) == (code, reason)
+
+
+async def test_a_refusal_names_what_there_is(stub, v2):
+    request = sampler_pb2.GenerateRequest(adapter_id="anna", version=99, **PROMPT)
+    _, info = await refusal(stub.Generate(request))
+    assert info.metadata["versions"] == "1,2"
+    request = sampler_pb2.GenerateRequest(tokens=Tokens(tokens=[5, 49152]))
+    _, info = await refusal(stub.Generate(request))
+    assert (info.metadata["index"], info.metadata["token"]) == ("1", "49152")
+
+
+async def test_the_same_digest_again_moves_no_bytes(stub, v2):
+    for number in (2, 3):
+        call = stub.PushAdapter()
+        await call.write(next(push_frames(v2, "anna", number)))
+        answer = (await call.read()).committed
+        assert answer.already_live
+        assert (answer.version.version, answer.version.digest) == (2, v2.manifest.digest)
+
+
+async def test_a_version_never_changes(stub, v1, v2):
+    code, info = await refusal(stub.PushAdapter(push_frames(v1, "anna", 2)))
+    assert (code, info.reason) == (grpc.StatusCode.ALREADY_EXISTS, "VERSION_EXISTS")
+    assert info.metadata["latest_version"] == "2"
+
+
+async def cancelled(stub, address, adapter):
+    call = stub.PushAdapter()
+    for frame in list(push_frames(adapter, "carl", 1))[:3]:
+        await call.write(frame)
+    await call.read()
+    call.cancel()
+
+
+async def half_closed(stub, address, adapter):
+    call = stub.PushAdapter(iter(list(push_frames(adapter, "carl", 1))[:-1]))
+    code, info = await refusal(call)
+    assert (code, info.reason) == (grpc.StatusCode.ABORTED, "PUSH_NOT_COMMITTED")
+
+
+async def past_its_deadline(stub, address, adapter):
+    call = stub.PushAdapter(timeout=0.3)
+    await call.write(next(push_frames(adapter, "carl", 1)))
+    await call.read()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call.read()
+    assert await call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def flipped_byte(stub, address, adapter):
+    frames = list(push_frames(adapter, "carl", 1))
+    data = bytearray(frames[1].chunk.data)
+    data[1000] ^= 1
+    frames[1].chunk.data = bytes(data)
+    code, info = await refusal(stub.PushAdapter(iter(frames)))
+    assert (code, info.reason) == (grpc.StatusCode.DATA_LOSS, "PAYLOAD_DAMAGED")
+
+
+async def killed(stub, address, adapter):
+    """A client process that has sent half an adapter and then is no more."""
+    program = """
+import sys, time, grpc
+from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
+
+def frames():
+    while size := int.from_bytes(sys.stdin.buffer.read(4)):
+        yield sampler_pb2.PushAdapterRequest.FromString(sys.stdin.buffer.read(size))
+    print("sent", flush=True)
+    time.sleep(600)
+
+stub = sampler_pb2_grpc.SamplerServiceStub(grpc.insecure_channel(sys.argv[1]))
+list(stub.PushAdapter(frames()))
+"""
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, address, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    for frame in list(push_frames(adapter, "carl", 1))[:5]:
+        client.stdin.write(frame.ByteSize().to_bytes(4) + frame.SerializeToString())
+    client.stdin.write(bytes(4))
+    await client.stdin.drain()
+    assert await client.stdout.readline() == b"sent\n"
+    client.kill()
+    await client.wait()
+
+
+@pytest.mark.parametrize("interrupted", [cancelled, half_closed, past_its_deadline, flipped_byte, killed])
+async def test_a_push_cut_off_installs_nothing_and_the_next_one_succeeds(
+    stub, sampler_process, checkpoint, v2, interrupted
+):
+    adapter = random_adapter(checkpoint, seed=21)
+    await interrupted(stub, sampler_process.address, adapter)
+    assert "carl" not in await live(stub)
+    for _ in range(50):  # the sampler learns of a cut connection a moment later
+        try:
+            committed = await push(stub, adapter, "carl", 1)
+            break
+        except grpc.aio.AioRpcError as busy:
+            assert busy.code() == grpc.StatusCode.ABORTED
+            await asyncio.sleep(0.1)
+    assert committed.version.digest == adapter.manifest.digest
+    assert not committed.already_live
+    await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="carl"))
+
+
+async def test_numbers_that_are_not_finite_stay_outside(stub, checkpoint):
+    adapter = random_adapter(checkpoint, seed=22)
+    name = list(adapter.tensors)[7]
+    adapter.tensors[name][0, 0] = np.nan
+    poisoned = Adapter.of(adapter.tensors, adapter.manifest.lora, checkpoint.fingerprint)
+    code, info = await refusal(stub.PushAdapter(push_frames(poisoned, "dora", 1)))
+    assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TENSOR_NOT_FINITE")
+    assert info.metadata["tensor"] == name
+    assert "dora" not in await live(stub)
+
+
+async def test_a_second_push_of_an_adapter_is_turned_away(stub, checkpoint):
+    adapter = random_adapter(checkpoint, seed=23)
+    first = stub.PushAdapter()
+    await first.write(next(push_frames(adapter, "emil", 1)))
+    await first.read()
+    code, info = await refusal(stub.PushAdapter(push_frames(adapter, "emil", 1)))
+    assert (code, info.reason) == (grpc.StatusCode.ABORTED, "PUSH_IN_PROGRESS")
+    first.cancel()
+
+
+async def test_more_adapters_than_slots_all_keep_their_numbers(stub, tokenizer, checkpoint):
+    """Beyond max_loras vLLM evicts adapters and loads them again, from the workers' stores."""
+    prompt = tokenizer.encode(STORY)
+    names = [f"slot{index}" for index in range(6)]
+    before = {}
+    for index, name in enumerate(names):
+        await push(stub, random_adapter(checkpoint, seed=30 + index, rank=2), name, 1)
+        before[name] = (await scores(stub, prompt, name))[1]
+    after = await asyncio.gather(*(scores(stub, prompt, name) for name in names))
+    for name, (_, again) in zip(names, after, strict=True):
+        np.testing.assert_allclose(again, before[name], atol=1e-3)
+        await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id=name))
+    assert len({tuple(numbers) for numbers in before.values()}) == 6
+
+
+async def test_reflection_lists_the_service(sampler_process):
+    async with grpc.aio.insecure_channel(sampler_process.address) as channel:
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for response in reflection.ServerReflectionInfo(iter([request])):
+            names = [service.name for service in response.list_services_response.service]
+    assert "tinkerbell.v1.SamplerService" in names
+    assert "grpc.health.v1.Health" in names
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert alive == []
+
+
+async def test_sigterm_lets_running_calls_finish_and_leaves_no_process(tiny_model):
+    sampler = start_sampler(tiny_model, "--kv-cache-gib", "0.1")
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(sampler.process.kill)
+        async with grpc.aio.insecure_channel(sampler.address) as channel:
+            stub = sampler_pb2_grpc.SamplerServiceStub(channel)
+            await channel.channel_ready()
+            code, info = await refusal(stub.ListAdapters(sampler_pb2.ListAdaptersRequest()))
+            assert (code, info.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_LOADING")
+            await asyncio.to_thread(wait_ready, sampler)
+            # A model without a tokenizer takes token ids, and nothing that needs text.
+            for needs_text in ({"text": "Hi"}, chat("user"), sampled(stop=["x"])):
+                code, info = await refusal(stub.Generate(sampler_pb2.GenerateRequest(**needs_text)))
+                assert (code, info.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_TOKENIZER")
+            call = aiter(stub.Generate(sampler_pb2.GenerateRequest(**sampled(n=4, seed=1, max_tokens=200))))
+            first = await anext(call)
+            started = family(sampler.process)
+            assert len(started) >= 2
+            sampler.process.terminate()
+            finished = [response.finish_reason async for response in call if response.finish_reason]
+            assert len(finished) + bool(first.finish_reason) == 4
+        assert await asyncio.to_thread(sampler.process.wait, 60) == 0
+        assert_gone(started)
+
+
+async def test_sigterm_while_loading_leaves_no_process(tiny_model):
+    sampler = start_sampler(tiny_model, "--kv-cache-gib", "0.1")
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(sampler.process.kill)
+        for _ in range(1200):
+            started = family(sampler.process)
+            if len(started) >= 3:  # vLLM's core, its worker and Python's resource tracker
+                break
+            await asyncio.sleep(0.1)
+        sampler.process.terminate()
+        assert await asyncio.to_thread(sampler.process.wait, 60) == 0
+        assert_gone(started)

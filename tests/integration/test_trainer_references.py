@@ -1,0 +1,193 @@
+"""The trainer's numbers against Hugging Face and PEFT, float32, on the CPU.
+
+Tolerances: 1e-4 absolute for logits (whose scale is 3 to 35), 1e-4 relative for gradients and trained weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from sampler_processes import made_model
+
+from service_common import checkpoint
+from service_common.lora import TARGET_MODULES
+from tinkerbell import tensors
+from tinkerbell.v1 import common_pb2
+from trainer_service.adamw import AdamParams
+from trainer_service.batch import Datum
+from trainer_service.engine import Engine, Limits
+from trainer_service.lora.routing import Segment
+from trainer_service.losses import Loss
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 1e-4
+RANK, ALPHA = 8, 24.0
+LENGTHS = (3, 40, 17, 1)  # 40 is longer than tiny-mistral's sliding window
+MODELS = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral", "SmolLM2-135M-Instruct")
+
+
+@dataclass
+class Trainee:
+    """A model in the trainer's engine, and where it came from."""
+
+    engine: Engine
+    folder: Path
+    vocab_size: int
+
+    def reference(self) -> transformers.PreTrainedModel:
+        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def batch(self, seed: int) -> list[Datum]:
+        rng = np.random.default_rng(seed)
+        return [
+            Datum(
+                tokens=rng.integers(0, self.vocab_size, length),
+                target_tokens=rng.integers(0, self.vocab_size, length),
+                weights=rng.uniform(0, 2, length).astype(np.float32),
+            )
+            for length in LENGTHS
+        ]
+
+    def weights(self, adapter_id: str) -> dict[str, torch.Tensor]:
+        """The adapter as the export sends it."""
+        snapshot = self.engine.snapshot(adapter_id, common_pb2.DATA_TYPE_FLOAT32)
+        return {
+            spec.name: torch.from_numpy(
+                tensors.decode_bytes(
+                    snapshot.payload[spec.offset : spec.offset + spec.size_bytes], spec.dtype, spec.shape
+                ).copy()
+            )
+            for spec in snapshot.manifest.tensors
+        }
+
+    def gradients(self, adapter_id: str) -> dict[str, torch.Tensor]:
+        (adapter,) = (a for a in self.engine.list_adapters() if a.adapter_id == adapter_id)
+        return {name: adapter.arena.view(adapter.arena.gradients, name).clone() for name in adapter.arena.names}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trainee(request) -> Trainee:
+    name = request.param
+    folder = made_model(name, *(["smollm2"] if name.startswith("Smol") else ["tiny", name.removeprefix("tiny-")]))
+    engine = Engine(torch.device("cpu"), Limits())
+    found = checkpoint.resolve(str(folder))
+    engine.load_base_model(found, lambda stage: None)
+    return Trainee(engine, folder, found.vocab_size)
+
+
+def adapted_reference(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES) -> peft.PeftModel:
+    """PEFT's model with the adapter's exported weights."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(modules), lora_dropout=0.0)
+    model = peft.get_peft_model(trainee.reference(), config)
+    outcome = peft.set_peft_model_state_dict(model, trainee.weights(adapter_id))
+    assert not outcome.unexpected_keys
+    assert not [key for key in outcome.missing_keys if "lora_" in key]
+    return model
+
+
+def reference_loss(model, batch: list[Datum]) -> torch.Tensor:
+    """One sequence at a time, without packing."""
+    total = torch.zeros(())
+    for datum in batch:
+        logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
+        logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(datum.target_tokens)[:, None])[:, 0]
+        total = total - (logprobs * torch.from_numpy(datum.weights)).sum()
+    return total
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def create(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES) -> None:
+    """An adapter that changes the model from the start: B is drawn too, by one step at a high learning rate."""
+    config = common_pb2.LoraConfig(rank=RANK, alpha=ALPHA, target_modules=modules)
+    trainee.engine.create_adapter(adapter_id, config, seed=7)
+    trainee.engine.forward_backward(adapter_id, trainee.batch(99), Loss.CROSS_ENTROPY)
+    trainee.engine.optim_step(adapter_id, AdamParams(learning_rate=1e-2))
+
+
+def test_base_logits_equal_hugging_face(trainee: Trainee) -> None:
+    batch = trainee.batch(1)
+    model = trainee.engine._model
+    assert model is not None
+    with torch.no_grad():
+        packed = model.logits([Segment(None, sum(LENGTHS))], [datum.tokens for datum in batch])
+        reference = trainee.reference()
+        for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
+            theirs = reference(torch.from_numpy(datum.tokens)[None]).logits[0]
+            assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def test_export_gives_the_same_logits_in_peft_and_not_the_base_models(trainee: Trainee) -> None:
+    create(trainee, "exported")
+    batch = trainee.batch(2)
+    (adapter,) = (a for a in trainee.engine.list_adapters() if a.adapter_id == "exported")
+    with torch.no_grad():
+        packed = trainee.engine._model.logits([Segment(adapter.arena, sum(LENGTHS))], [datum.tokens for datum in batch])
+        reference = adapted_reference(trainee, "exported")
+        for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
+            tokens = torch.from_numpy(datum.tokens)[None]
+            assert (ours - reference(tokens).logits[0]).abs().max() <= TOLERANCE
+            with reference.disable_adapter():
+                assert (ours - reference(tokens).logits[0]).abs().max() > 100 * TOLERANCE
+    trainee.engine.remove_adapter("exported")
+
+
+@pytest.mark.parametrize("modules", [TARGET_MODULES, ("k_proj", "o_proj", "up_proj")], ids=["all", "some"])
+def test_gradients_of_every_module_equal_pefts(trainee: Trainee, modules) -> None:
+    create(trainee, "graded", modules)
+    reference = adapted_reference(trainee, "graded", modules)
+    batches = [trainee.batch(3), trainee.batch(4)]  # accumulated over two calls
+    for batch in batches:
+        ours = trainee.engine.forward_backward("graded", batch, Loss.CROSS_ENTROPY)
+        theirs = reference_loss(reference, batch)
+        assert ours.metrics["loss:sum"] == pytest.approx(theirs.item(), rel=TOLERANCE)
+        theirs.backward()
+    expected = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
+    ours = trainee.gradients("graded")
+    assert ours.keys() == expected.keys()
+    errors = {name: relative_error(ours[name], expected[name]) for name in ours}
+    assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
+    trainee.engine.remove_adapter("graded")
+
+
+def test_ten_adamw_steps_give_the_same_weights(trainee: Trainee) -> None:
+    create(trainee, "stepped")
+    reference = adapted_reference(trainee, "stepped")
+    # As create's step left it, so that both continue from the same moments.
+    (adapter,) = (a for a in trainee.engine.list_adapters() if a.adapter_id == "stepped")
+    adapter.arena.exp_avg.zero_()
+    adapter.arena.exp_avg_sq.zero_()
+    adapter.step = 0
+    params = AdamParams(learning_rate=1e-3, beta2=0.99, eps=1e-8, weight_decay=0.1, grad_clip_norm=5.0)
+    trainable = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False)
+    for step in range(10):
+        batch = trainee.batch(10 + step)
+        trainee.engine.forward_backward("stepped", batch, Loss.CROSS_ENTROPY)
+        result = trainee.engine.optim_step("stepped", params)
+        optimizer.zero_grad()
+        reference_loss(reference, batch).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, 5.0)
+        optimizer.step()
+        assert result.step == step + 1
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-3)
+    expected = {
+        name.replace(".default", ""): parameter.detach()
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
+    ours = trainee.weights("stepped")
+    errors = {name: relative_error(ours[name], expected[name]) for name in ours}
+    assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
+    trainee.engine.remove_adapter("stepped")

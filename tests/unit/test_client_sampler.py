@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+from client_fakes import FINGERPRINT, WEIGHTS, Fakes
+
+import tinkerbell
+from tinkerbell import SamplerClient, SamplingParams, adapter, push
+from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
+
+
+@pytest.fixture
+def fakes():
+    with Fakes().running() as running:
+        yield running
+
+
+@pytest.fixture
+def sampler(fakes):
+    with SamplerClient(fakes.sampler_address, timeout=10) as client:
+        yield client
+
+
+def test_generate_puts_the_completions_together(fakes, sampler):
+    result = sampler.generate("a b c", SamplingParams(n=2, stop="."), adapter_id="alice", version=3, seed=5).result()
+    assert [completion.text for completion in result.completions] == ["a b c ", "a b c "]
+    assert result.completions[1].tokens == (0, 1, 2)
+    assert [position.logprob for position in result.completions[0].logprobs] == [-0.5] * 3
+    assert result.completions[0].finish_reason == "stop"
+    assert (result.served_by.adapter_id, result.served_by.version, result.prompt_tokens) == ("alice", 3, 3)
+    sampling = fakes.sampler.generate_requests[0].sampling
+    assert (sampling.n, sampling.seed, sampling.stop) == (2, 5, ["."])
+    assert not sampling.HasField("max_tokens")
+    assert not sampling.HasField("logprobs")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("text", "text"),
+        ([1, 2], "tokens"),
+        (np.array([1, 2]), "tokens"),
+        ([{"role": "user", "content": "hi"}], "chat"),
+    ],
+)
+def test_prompts_of_every_kind(fakes, sampler, prompt, kind):
+    sampler.generate(prompt).result()
+    assert fakes.sampler.generate_requests[0].WhichOneof("prompt") == kind
+
+
+def test_bad_arguments_are_refused_before_anything_is_sent(fakes, sampler):
+    with pytest.raises(TypeError):
+        sampler.generate("hi", heat=2)
+    with pytest.raises(ValueError, match="token ids are integers"):
+        sampler.generate([0.5])
+    with pytest.raises(ValueError, match="sequence 1"):
+        sampler.compute_logprobs([[1, 2], [[3]]])
+    assert not fakes.sampler.generate_requests
+
+
+def test_many_prompts_at_once(sampler):
+    futures = [sampler.generate(f"prompt {number}") for number in range(30)]
+    assert [future.result().text for future in futures] == [f"prompt {number} " for number in range(30)]
+
+
+def test_leaving_a_stream_cancels_the_work(fakes, sampler):
+    fakes.sampler.endless = True
+    for delta in sampler.stream("go"):
+        assert delta.text == "on "
+        break
+    assert fakes.sampler.cancelled.wait(5)
+
+
+def test_cancelling_a_generate_cancels_the_work(fakes, sampler):
+    fakes.sampler.endless = True
+    future = sampler.generate("go")
+    while not fakes.sampler.generate_requests:
+        pass
+    assert future.cancel()
+    assert fakes.sampler.cancelled.wait(5)
+
+
+def test_compute_logprobs(sampler):
+    result = sampler.compute_logprobs([[1, 2, 3], np.array([4, 5])], adapter_id="alice").result()
+    assert [scores.tolist() for scores in result.logprobs] == [[-1, -1], [-1]]
+    assert result.served_by.adapter_id == "alice"
+
+
+def test_push_installs_what_was_given_and_is_a_success_twice(fakes, sampler):
+    first = sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=16)
+    assert not first.already_live
+    manifest, payload = fakes.sampler.pushed["alice", 1]
+    assert first.version.digest == manifest.digest
+    assert manifest.lora.target_modules == ["up_proj"]
+    assert manifest.base_model_fingerprint == FINGERPRINT
+    assert payload == b"".join(array.tobytes() for array in WEIGHTS.values())
+    assert fakes.sampler.chunks == -(-len(payload) // (1 << 20))
+    again = sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=16)
+    assert again.already_live
+    assert fakes.sampler.chunks == -(-len(payload) // (1 << 20))
+    assert [(sampled.adapter_id, sampled.latest_version) for sampled in sampler.list_adapters()] == [("alice", 1)]
+    assert sampler.unload_adapter("alice") == [1]
+
+
+def test_refused_pushes_are_typed(sampler):
+    sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=16)
+    with pytest.raises(tinkerbell.AlreadyExistsError) as caught:
+        sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=17)
+    assert caught.value.metadata == {"version": "1"}
+    with pytest.raises(tinkerbell.FailedPreconditionError):
+        sampler.push_adapter("alice", 2, WEIGHTS, rank=8, alpha=16, base_model_fingerprint="0" * 64)
+    with pytest.raises(ValueError, match=r"'up_proj\.lora_A' does not have a PEFT name"):
+        sampler.push_adapter("alice", 2, {"up_proj.lora_A": np.ones((8, 4), np.float32)}, rank=8, alpha=16)
+
+
+async def test_push_with_a_damaged_payload_leaves_nothing(fakes):
+    manifest, payload = adapter.pack(WEIGHTS, 8, 16.0, FINGERPRINT)
+    begin = sampler_pb2.PushBegin(adapter_id="alice", version=1, manifest=manifest)
+    async with tinkerbell.AsyncSamplerClient(fakes.sampler_address) as client:
+        stub = sampler_pb2_grpc.SamplerServiceStub(client._connection.channel)
+        for _ in range(30):  # the sampler ends the call while a chunk is being written, which grpc.aio takes badly
+            with pytest.raises(tinkerbell.DataLossError) as caught:
+                await push.push(stub, begin, payload * 4)
+            assert caught.value.reason == "PAYLOAD_DAMAGED"
+        assert not fakes.sampler.pushed
+        committed = await push.push(stub, begin, memoryview(payload), timeout=10)
+    assert committed.version.version == 1
+    assert fakes.sampler.pushed["alice", 1][1] == payload
+
+
+def test_info(sampler):
+    info = sampler.get_backend_info()
+    assert info.base_model.fingerprint == FINGERPRINT
+    assert info.versions == {"vllm": "0.26.0"}

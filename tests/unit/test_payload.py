@@ -1,0 +1,100 @@
+"""Adapters in transit."""
+
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinkerbell import payload
+from tinkerbell.v1 import common_pb2
+
+SHAPES = [("x.lora_A.weight", (2, 3)), ("x.lora_B.weight", (5, 2))]
+
+
+def manifest_of(content: bytes) -> common_pb2.AdapterManifest:
+    lora = common_pb2.LoraConfig(rank=2, alpha=4.0, target_modules=["q_proj"])
+    manifest = payload.build_manifest(lora, SHAPES, common_pb2.DATA_TYPE_FLOAT32, "base")
+    manifest.digest = payload.digest(manifest, content)
+    return manifest
+
+
+CONTENT = np.arange(16, dtype=np.float32).tobytes()
+
+
+def test_digest_is_what_the_proto_file_says() -> None:
+    header = (
+        "tinkerbell.v1.adapter\n"
+        f"base 2 {struct.pack('>d', 4.0).hex()}\n"
+        "x.lora_A.weight float32 2,3\n"
+        "x.lora_B.weight float32 5,2\n"
+        "\n"
+    )
+    assert manifest_of(CONTENT).digest == hashlib.sha256(header.encode() + CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("change", ["rank", "alpha", "name", "base"])
+def test_digest_covers_more_than_the_bytes(change: str) -> None:
+    manifest = manifest_of(CONTENT)
+    before = manifest.digest
+    if change == "rank":
+        manifest.lora.rank = 3
+    elif change == "alpha":
+        manifest.lora.alpha = 5.0
+    elif change == "name":
+        manifest.tensors[0].name = "y"
+    else:
+        manifest.base_model_fingerprint = "other"
+    assert payload.digest(manifest, CONTENT) != before
+
+
+def test_chunks_of_a_long_payload_arrive_whole() -> None:
+    content = np.random.default_rng(0).bytes(3 * payload.CHUNK_BYTES + 12)
+    manifest = common_pb2.AdapterManifest(size_bytes=len(content))
+    manifest.digest = payload.digest(manifest, content)
+    buffer = bytearray(len(content))
+    receiver = payload.Receiver(manifest, buffer)
+    chunks = list(payload.chunks(content))
+    assert [len(chunk.data) for chunk in chunks] == [1 << 20] * 3 + [12]
+    for chunk in chunks:
+        receiver.add(chunk)
+    receiver.finish()
+    assert buffer == content
+
+
+@given(st.integers(0, len(CONTENT) - 1), st.integers(1, 255))
+def test_a_changed_byte_is_found_by_the_digest_even_if_its_crc_fits(position: int, change: int) -> None:
+    damaged = bytearray(CONTENT)
+    damaged[position] ^= change
+    receiver = payload.Receiver(manifest_of(CONTENT), bytearray(len(CONTENT)))
+    for chunk in payload.chunks(bytes(damaged)):
+        receiver.add(chunk)
+    with pytest.raises(payload.PayloadError, match="digest"):
+        receiver.finish()
+
+
+def test_a_changed_byte_is_found_by_the_chunk_s_crc() -> None:
+    (chunk,) = payload.chunks(CONTENT)
+    chunk.data = b"\xff" + chunk.data[1:]
+    with pytest.raises(payload.PayloadError, match="crc32"):
+        payload.Receiver(manifest_of(CONTENT), bytearray(len(CONTENT))).add(chunk)
+
+
+def test_an_incomplete_payload_is_refused() -> None:
+    receiver = payload.Receiver(manifest_of(CONTENT), bytearray(len(CONTENT)))
+    with pytest.raises(payload.PayloadError, match="0 of 64 bytes"):
+        receiver.finish()
+
+
+def test_layout_with_a_gap_or_a_repeated_name_is_refused() -> None:
+    manifest = manifest_of(CONTENT)
+    payload.check_layout(manifest)
+    manifest.tensors[1].offset += 4
+    with pytest.raises(payload.PayloadError, match=r"x\.lora_B"):
+        payload.check_layout(manifest)
+    manifest = manifest_of(CONTENT)
+    manifest.tensors[1].name = manifest.tensors[0].name
+    with pytest.raises(payload.PayloadError, match="twice"):
+        payload.check_layout(manifest)
