@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import FileClosedEvent, FileMovedEvent, FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
 # An adapter in a file is at least one of these: named so, of such a format, or as large as one.
@@ -21,11 +21,13 @@ class AdapterFileWatch(FileSystemEventHandler):
         super().__init__()
         self.adapter_files: set[str] = set()
         self._observer = Observer()
-        self._observer.schedule(self, str(root))
+        # Only these: with every event of reading, too, the kernel's queue would overflow and lose some.
+        self._events: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent]
+        self._observer.schedule(self, str(root), event_filter=self._events)
         folders = [entry for entry in root.iterdir() if entry.is_dir() and entry.name not in (".venv", ".git")]
         elsewhere = [Path(tempfile.gettempdir()), Path("/dev/shm"), Path.home() / ".cache"]
         for folder in {entry.resolve() for entry in (*folders, *elsewhere) if entry.is_dir()}:
-            self._observer.schedule(self, str(folder), recursive=True)
+            self._observer.schedule(self, str(folder), recursive=True, event_filter=self._events)
 
     def __enter__(self) -> "AdapterFileWatch":
         self._observer.start()

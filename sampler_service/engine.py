@@ -76,7 +76,7 @@ class Engine:
             arguments["max_num_batched_tokens"] = 512  # longer prompts take several steps, and others decode between
         elif config.dtype == "float32":
             raise errors.invalid_argument(
-                "DTYPE_UNSUPPORTED",
+                "DATA_TYPE_UNSUPPORTED",
                 "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
                 dtype="float32",
             )

@@ -25,7 +25,7 @@ TINY_SHAPE = dict(
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
+    head_dim=32,  # the smallest that vLLM has CPU kernels for
     max_position_embeddings=256,
 )
 TINY_CONFIGS: dict[str, Callable[..., transformers.PretrainedConfig]] = {

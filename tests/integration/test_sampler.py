@@ -14,8 +14,8 @@ import transformers
 from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
+from processes import start_sampler, wait_ready
 from random_adapters import Adapter, logprobs, peft_model, push_frames, random_adapter
-from sampler_processes import start_sampler, wait_ready
 
 from service_common.checkpoint import Checkpoint
 from tinkerbell import tensors

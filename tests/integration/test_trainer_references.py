@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from sampler_processes import made_model
+from processes import made_model
 
 from service_common import checkpoint
 from service_common.lora import TARGET_MODULES

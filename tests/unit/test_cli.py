@@ -35,7 +35,7 @@ async def main():
     server.add_insecure_port(sys.argv[sys.argv.index("--listen") + 1])
     await servicer.set(NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
     await server.start()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(0.6)
     await servicer.set(NAME, health_pb2.HealthCheckResponse.SERVING)
     await stop.wait()
     print("stopped cleanly", flush=True)

@@ -42,7 +42,7 @@ def random_adapter(
     generator = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(checkpoint, rank, TARGET_MODULES):
-        std = 1 / np.sqrt(shape[1]) if ".lora_A." in name else 0.02
+        std = 1 / np.sqrt(shape[1]) if ".lora_A." in name else b_std
         tensors[name] = (generator.standard_normal(shape) * std).astype(np.float32)
     return Adapter.of(tensors, lora, checkpoint.fingerprint)
 

@@ -1,0 +1,77 @@
+"""Services as processes, and the models they serve."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tinkerbell.local import free_address
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / ".cache" / "models"
+READY_SECONDS = 300
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@dataclass(frozen=True)
+class ServiceProcess:
+    """A service that listens at `address`."""
+
+    health_name: str
+    address: str
+    process: subprocess.Popen
+
+    def stop(self) -> None:
+        """Drains it."""
+        self.process.terminate()
+        self.process.wait(60)
+
+
+def made_model(name: str, *arguments: str) -> Path:
+    """The model folder, made if it is not there yet."""
+    folder = MODELS / name
+    subprocess.run([sys.executable, ROOT / "scripts/make_models.py", *arguments, folder], check=True)
+    return folder
+
+
+def start_sampler(model: Path, *options: str) -> ServiceProcess:
+    """Starts a sampler and does not wait for it."""
+    return _start("sampler_service", "tinkerbell.v1.SamplerService", "--model", str(model), *options)
+
+
+def start_trainer(*options: str) -> ServiceProcess:
+    """Starts a trainer and does not wait for it."""
+    return _start("trainer_service", "tinkerbell.v1.TrainerService", *options)
+
+
+def _start(module: str, health_name: str, *options: str) -> ServiceProcess:
+    address = free_address()
+    command = [sys.executable, "-m", module, "--listen", address, *options]
+    return ServiceProcess(health_name, address, subprocess.Popen(command, cwd=ROOT))
+
+
+def health(service: ServiceProcess, name: str) -> health_pb2.HealthCheckResponse.ServingStatus | None:
+    """What the service says of itself; None while it does not answer."""
+    with grpc.insecure_channel(service.address) as channel:
+        try:
+            request = health_pb2.HealthCheckRequest(service=name)
+            return health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status
+        except grpc.RpcError:
+            return None
+
+
+def wait_ready(service: ServiceProcess) -> ServiceProcess:
+    """Waits until the service says that it is ready."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        assert service.process.poll() is None, f"{service.health_name} ended before it was ready"
+        if health(service, service.health_name) == health_pb2.HealthCheckResponse.SERVING:
+            return service
+        time.sleep(0.2)
+    raise TimeoutError(f"{service.health_name} was not ready after {READY_SECONDS} s")

@@ -1,0 +1,51 @@
+"""Errors on their way from a domain module to a client."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from google.rpc import error_details_pb2
+
+from service_common import errors
+from service_common.rpc import status_of
+
+ROOT = Path(__file__).parents[2]
+CONSTRUCTORS = {
+    name for name, value in vars(errors).items() if callable(value) and name.islower() and not name.startswith("_")
+}
+
+
+def reasons_in_code() -> set[str]:
+    found = set()
+    for package in ("service_common", "trainer_service", "sampler_service"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in CONSTRUCTORS:
+                    first = node.args[0] if node.args else None
+                    if isinstance(first, ast.Constant):
+                        found.add(first.value)
+    return found
+
+
+def test_docs_list_every_reason_and_no_other() -> None:
+    table = (ROOT / "docs/errors.md").read_text().partition("| reason |")[2]
+    first_columns = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`([A-Z_]+)`", " ".join(first_columns))) == reasons_in_code()
+
+
+@pytest.mark.parametrize("constructor", sorted(CONSTRUCTORS))
+def test_every_constructor_makes_the_status_of_its_name(constructor: str) -> None:
+    error = getattr(errors, constructor)("REASON", "what to do", value=3)
+    status = status_of(error)
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert error.code.name == constructor.upper()
+    assert (status.message, info.reason, dict(info.metadata)) == ("what to do", "REASON", {"value": "3"})
+
+
+def test_a_field_to_blame_becomes_a_bad_request() -> None:
+    status = status_of(errors.invalid_argument("REASON", "rank 0 is too small", field="lora.rank", rank=0))
+    bad_request = error_details_pb2.BadRequest()
+    assert status.details[1].Unpack(bad_request)
+    assert bad_request.field_violations[0].field == "lora.rank"
