@@ -8,8 +8,13 @@ import structlog
 
 def configure(service: str) -> None:
     """Sends structlog and the standard library's loggers to stderr in one format."""
+
+    def add_service(logger, method, event):
+        event["service"] = service
+        return event
+
     shared: list = [
-        structlog.contextvars.merge_contextvars,
+        add_service,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -24,7 +24,7 @@ _SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share its calls
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),  # clients ping every 60 s
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),  # clients ping every 60 s
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import islice
 
 import grpc
 import numpy as np
@@ -18,7 +20,8 @@ from processes import start_sampler, wait_ready
 from random_adapters import Adapter, logprobs, peft_model, push_frames, random_adapter
 
 from service_common.checkpoint import Checkpoint
-from tinkerbell import tensors
+from tinkerbell import errors, tensors
+from tinkerbell import push as client_push
 from tinkerbell.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
 
 pytestmark = pytest.mark.engine
@@ -49,8 +52,8 @@ async def stub(sampler_process):
 
 
 async def push(stub, adapter: Adapter, adapter_id: str, version: int) -> sampler_pb2.PushCommitted:
-    responses = [response async for response in stub.PushAdapter(push_frames(adapter, adapter_id, version))]
-    return responses[-1].committed
+    begin = sampler_pb2.PushBegin(adapter_id=adapter_id, version=version, manifest=adapter.manifest)
+    return await client_push.push(stub, begin, adapter.payload)
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +117,18 @@ async def refusal(call) -> tuple[grpc.StatusCode, error_details_pb2.ErrorInfo]:
     assert status.details[0].Unpack(info)
     assert info.domain == "tinkerbell"
     return caught.value.code(), info
+
+
+async def pushed(stub, frames: Iterable[sampler_pb2.PushAdapterRequest]):
+    """The sampler's answers to these frames. As a client should, it waits for the one to BEGIN before it goes on."""
+    call = stub.PushAdapter()
+    for index, frame in enumerate(frames):
+        await call.write(frame)
+        if index == 0:
+            yield await call.read()
+    await call.done_writing()
+    while (answer := await call.read()) is not grpc.aio.EOF:
+        yield answer
 
 
 async def active_requests(stub) -> int:
@@ -351,40 +366,40 @@ async def test_the_same_digest_again_moves_no_bytes(stub, v2):
 
 
 async def test_a_version_never_changes(stub, v1, v2):
-    code, info = await refusal(stub.PushAdapter(push_frames(v1, "anna", 2)))
+    code, info = await refusal(pushed(stub, push_frames(v1, "anna", 2)))
     assert (code, info.reason) == (grpc.StatusCode.ALREADY_EXISTS, "VERSION_EXISTS")
     assert info.metadata["latest_version"] == "2"
 
 
 async def cancelled(stub, address, adapter):
     call = stub.PushAdapter()
-    for frame in list(push_frames(adapter, "carl", 1))[:3]:
+    for frame in islice(push_frames(adapter, "carl", 1), 3):
         await call.write(frame)
     await call.read()
     call.cancel()
 
 
 async def half_closed(stub, address, adapter):
-    call = stub.PushAdapter(iter(list(push_frames(adapter, "carl", 1))[:-1]))
-    code, info = await refusal(call)
+    frames = list(push_frames(adapter, "carl", 1))
+    code, info = await refusal(pushed(stub, frames[:-1]))
     assert (code, info.reason) == (grpc.StatusCode.ABORTED, "PUSH_NOT_COMMITTED")
 
 
 async def past_its_deadline(stub, address, adapter):
-    call = stub.PushAdapter(timeout=0.3)
-    await call.write(next(push_frames(adapter, "carl", 1)))
-    await call.read()
+    call = stub.PushAdapter(timeout=1)
     with pytest.raises(grpc.aio.AioRpcError):
+        await call.write(next(push_frames(adapter, "carl", 1)))
+        await call.read()
         await call.read()
     assert await call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def flipped_byte(stub, address, adapter):
-    frames = list(push_frames(adapter, "carl", 1))
-    data = bytearray(frames[1].chunk.data)
+    begin, chunk = islice(push_frames(adapter, "carl", 1), 2)
+    data = bytearray(chunk.chunk.data)
     data[1000] ^= 1
-    frames[1].chunk.data = bytes(data)
-    code, info = await refusal(stub.PushAdapter(iter(frames)))
+    chunk.chunk.data = bytes(data)
+    code, info = await refusal(pushed(stub, [begin, chunk]))
     assert (code, info.reason) == (grpc.StatusCode.DATA_LOSS, "PAYLOAD_DAMAGED")
 
 
@@ -406,7 +421,7 @@ list(stub.PushAdapter(frames()))
     client = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, address, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    for frame in list(push_frames(adapter, "carl", 1))[:5]:
+    for frame in islice(push_frames(adapter, "carl", 1), 5):
         client.stdin.write(frame.ByteSize().to_bytes(4) + frame.SerializeToString())
     client.stdin.write(bytes(4))
     await client.stdin.drain()
@@ -426,8 +441,8 @@ async def test_a_push_cut_off_installs_nothing_and_the_next_one_succeeds(
         try:
             committed = await push(stub, adapter, "carl", 1)
             break
-        except grpc.aio.AioRpcError as busy:
-            assert busy.code() == grpc.StatusCode.ABORTED
+        except errors.TinkerbellError as busy:
+            assert busy.reason == "PUSH_IN_PROGRESS"
             await asyncio.sleep(0.1)
     assert committed.version.digest == adapter.manifest.digest
     assert not committed.already_live
@@ -439,7 +454,7 @@ async def test_numbers_that_are_not_finite_stay_outside(stub, checkpoint):
     name = list(adapter.tensors)[7]
     adapter.tensors[name][0, 0] = np.nan
     poisoned = Adapter.of(adapter.tensors, adapter.manifest.lora, checkpoint.fingerprint)
-    code, info = await refusal(stub.PushAdapter(push_frames(poisoned, "dora", 1)))
+    code, info = await refusal(pushed(stub, push_frames(poisoned, "dora", 1)))
     assert (code, info.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "TENSOR_NOT_FINITE")
     assert info.metadata["tensor"] == name
     assert "dora" not in await live(stub)
@@ -450,7 +465,7 @@ async def test_a_second_push_of_an_adapter_is_turned_away(stub, checkpoint):
     first = stub.PushAdapter()
     await first.write(next(push_frames(adapter, "emil", 1)))
     await first.read()
-    code, info = await refusal(stub.PushAdapter(push_frames(adapter, "emil", 1)))
+    code, info = await refusal(pushed(stub, push_frames(adapter, "emil", 1)))
     assert (code, info.reason) == (grpc.StatusCode.ABORTED, "PUSH_IN_PROGRESS")
     first.cancel()
 

@@ -206,9 +206,9 @@ REFUSED: list[tuple[str, Any, grpc.StatusCode, str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "request", "code", "reason", "named"), REFUSED)
-async def test_bad_input_is_refused_and_changes_nothing(stub, run, method, request, code, reason, named) -> None:
-    request = copy.deepcopy(request)
+@pytest.mark.parametrize(("method", "message", "code", "reason", "named"), REFUSED)
+async def test_bad_input_is_refused_and_changes_nothing(stub, run, method, message, code, reason, named) -> None:
+    request = copy.deepcopy(message)
     if not request.adapter_id:
         request.adapter_id = run.adapter_id
     with pytest.raises(grpc.aio.AioRpcError) as failure:

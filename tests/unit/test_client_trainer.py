@@ -186,7 +186,7 @@ def test_damaged_export_is_data_loss(fakes, run, damage):
 
 
 @pytest.mark.parametrize("blocking", [TrainingRun.get_optimizer_state, TrainingRun.export_adapter_weights])
-def test_blocking_in_a_done_callback_is_refused(run, blocking):
+def test_blocking_in_a_done_callback_is_refused(fakes, run, blocking):
     refused = concurrent.futures.Future()
 
     def block(_):
@@ -195,7 +195,9 @@ def test_blocking_in_a_done_callback_is_refused(run, blocking):
         except RuntimeError as error:
             refused.set_result(str(error))
 
-    run.optim_step().add_done_callback(block)
+    fakes.trainer.gate.clear()  # the callback of a future that is done would run in this thread
+    run.forward_backward(DATA).add_done_callback(block)
+    fakes.trainer.gate.set()
     assert "wait for itself" in refused.result(5)
 
 
