@@ -36,7 +36,8 @@ class ServiceProcess:
 def made_model(name: str, *arguments: str) -> Path:
     """The model folder, made if it is not there yet."""
     folder = MODELS / name
-    subprocess.run([sys.executable, ROOT / "scripts/make_models.py", *arguments, folder], check=True)
+    if not folder.is_dir():
+        subprocess.run([sys.executable, ROOT / "scripts/make_models.py", *arguments, folder], check=True)
     return folder
 
 

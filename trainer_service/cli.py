@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+import os
 import sys
 from typing import Annotated
 
@@ -37,6 +38,8 @@ def run(
 ) -> None:
     """Serves a frozen base model and trains LoRA adapters on it."""
     logs.configure("trainer")
+    # Threads that wait for work must sleep: spinning, they take the cores from a sampler on the same host.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch  # noqa: PLC0415  (so that --help is quick)
 
     from trainer_service.engine import Limits  # noqa: PLC0415

@@ -260,11 +260,11 @@ async def test_an_empty_trainer_loads_on_request_and_drains_on_sigterm(tiny_mode
             with pytest.raises(FailedPreconditionError) as refusal:
                 await run.sync_adapter_to_vllm()
             assert refusal.value.reason == "NO_SAMPLER"
-            data = [Datum(tokens=list(range(200)), target_tokens=list(range(200)))] * 40
+            data = [Datum(tokens=list(range(100)), target_tokens=list(range(100)))] * 20
             running = run.forward_backward(data)
             await asyncio.sleep(0.1)
             service.process.terminate()
-            assert len((await running).logprobs) == 40
+            assert len((await running).logprobs) == 20
         assert await asyncio.to_thread(service.process.wait, 40) == 0
         assert not psutil.pid_exists(service.process.pid)
     finally:
