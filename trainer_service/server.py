@@ -119,11 +119,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             yield trainer_pb2.ExportAdapterWeightsResponse(chunk=chunk)
 
     async def SyncAdapter(self, request, context):
-        if request.transport not in _TRANSPORTS:
-            raise errors.invalid_argument(
-                "TRANSPORT_UNKNOWN", f"transport {request.transport} is not a Transport", field="transport"
-            )
-        sync = await self._trainer.sync(request.adapter_id, request.seq_id)
+        async with self._trainer.turn(request.adapter_id, request.seq_id) as turn:
+            if request.transport not in _TRANSPORTS:
+                raise errors.invalid_argument(
+                    "TRANSPORT_UNKNOWN", f"transport {request.transport} is not a Transport", field="transport"
+                )
+            sync = await self._trainer.sync(request.adapter_id, turn)
         return trainer_pb2.SyncAdapterResponse(
             version=sync.version,
             digest=sync.digest,

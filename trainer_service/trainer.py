@@ -94,21 +94,20 @@ class Trainer:
         """See Engine.snapshot."""
         return await self.executor.run(Engine.snapshot, adapter_id, dtype)
 
-    async def sync(self, adapter_id: str, seq_id: int) -> Sync:
-        """Publishes the adapter as it is at its turn. Training goes on while the tensors travel; syncs of one adapter
-        follow each other.
+    async def sync(self, adapter_id: str, turn: Turn) -> Sync:
+        """Publishes the adapter as it is at its turn, and passes the turn on as soon as the weights are copied: training
+        goes on while the tensors travel. Syncs of one adapter follow each other.
         """
-        publisher = self.publisher
-        if publisher is None:
+        if self.publisher is None:
             raise errors.failed_precondition(
                 "NO_SAMPLER", "this trainer has no sampler to publish to; start it with --sampler HOST:PORT"
             )
         entry = self._entry(adapter_id)
-        async with self.turn(adapter_id, seq_id) as turn, entry.publish_lock:
+        async with entry.publish_lock:
             started = time.monotonic()
-            snapshot = await self.snapshot(adapter_id, await publisher.data_type())
+            snapshot = await self.snapshot(adapter_id, await self.publisher.data_type())
             turn.pass_on()
-            published = await publisher.publish(adapter_id, snapshot, entry.published_version + 1)
+            published = await self.publisher.publish(adapter_id, snapshot, entry.published_version + 1)
             entry.published_version = published.version
         return Sync(published.version, published.digest, published.sent_bytes, time.monotonic() - started)
 
