@@ -95,8 +95,9 @@ class Trainer:
         return await self.executor.run(Engine.snapshot, adapter_id, dtype)
 
     async def sync(self, adapter_id: str, turn: Turn) -> Sync:
-        """Publishes the adapter as it is at its turn, and passes the turn on as soon as the weights are copied: training
-        goes on while the tensors travel. Syncs of one adapter follow each other.
+        """Publishes the adapter as it is at its turn, and passes the turn on as soon as the weights are copied.
+
+        Training goes on while the tensors travel. Syncs of one adapter follow each other.
         """
         if self.publisher is None:
             raise errors.failed_precondition(
