@@ -104,12 +104,12 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
-def create(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES) -> None:
+def create(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES, learning_rate: float = 1e-2) -> None:
     """An adapter that changes the model from the start: one step has moved B away from zero."""
     config = common_pb2.LoraConfig(rank=RANK, alpha=ALPHA, target_modules=modules)
     trainee.engine.create_adapter(adapter_id, config, seed=7)
     trainee.engine.forward_backward(adapter_id, trainee.batch(99), Loss.CROSS_ENTROPY)
-    trainee.engine.optim_step(adapter_id, AdamParams(learning_rate=1e-3))
+    trainee.engine.optim_step(adapter_id, AdamParams(learning_rate=learning_rate))
 
 
 def test_base_logits_equal_hugging_face(trainee: Trainee) -> None:
@@ -162,7 +162,7 @@ def test_gradients_of_every_module_equal_pefts(trainee: Trainee, modules) -> Non
 
 
 def test_ten_adamw_steps_give_the_same_weights(trainee: Trainee) -> None:
-    create(trainee, "stepped")
+    create(trainee, "stepped", learning_rate=1e-3)  # a larger step leaves SmolLM2 where ten more are chaotic
     reference = adapted_reference(trainee, "stepped")
     # As create's step left it, so that both continue from the same moments.
     (adapter,) = (a for a in trainee.engine.list_adapters() if a.adapter_id == "stepped")
