@@ -21,7 +21,7 @@ $(SMOLLM2): | $(STAMP)
 	.venv/bin/python scripts/make_models.py smollm2 $@
 
 demo: $(STAMP) $(SMOLLM2) ## Train and sample with both services on this machine; results in out/demo
-	.venv/bin/python -m examples.demo
+	.venv/bin/python -W ignore::SyntaxWarning -m examples.demo  # which reasoning-gym has many of
 
 test: lint $(SMOLLM2) ## Lint and every test: up to 25 minutes on two cores
 	.venv/bin/pytest

@@ -1,6 +1,7 @@
 """The trainer's life: listen, load, serve, drain, end."""
 
 import asyncio
+import os
 
 import structlog
 import torch
@@ -51,5 +52,9 @@ async def serve(
         await server.set_ready()
         await signalled
     await server.drain(drain_seconds)
+    if trainer.loading:
+        # A load can't be interrupted, holds its thread to the end, and has made nothing yet that could be lost.
+        log.info("load_abandoned", model=model)
+        os._exit(status)
     await trainer.close()
     return status

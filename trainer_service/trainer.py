@@ -55,6 +55,11 @@ class Trainer:
         self._loading = asyncio.Lock()
         self.loaded = asyncio.Event()
 
+    @property
+    def loading(self) -> bool:
+        """Whether a base model is being loaded at this moment."""
+        return self._loading.locked()
+
     async def load_base_model(self, name: str, report: Callable[[str], None]) -> None:
         """Finds and loads a checkpoint; `report` is called, on any thread, with each stage as it begins."""
         async with self._loading:

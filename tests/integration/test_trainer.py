@@ -269,3 +269,16 @@ async def test_an_empty_trainer_loads_on_request_and_drains_on_sigterm(tiny_mode
         assert not psutil.pid_exists(service.process.pid)
     finally:
         service.process.kill()
+
+
+async def test_sigterm_does_not_wait_for_a_model_that_is_loading(tiny_model) -> None:
+    service = start_trainer("--model", str(tiny_model), "--device", "cpu")
+    try:
+        async with asyncio.timeout(60):
+            while await asyncio.to_thread(health, service, "") != health_pb2.HealthCheckResponse.SERVING:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        service.process.terminate()
+        # Importing Megatron alone takes longer than this.
+        assert await asyncio.to_thread(service.process.wait, 5) == 0
+    finally:
+        service.process.kill()
