@@ -20,8 +20,9 @@ $(STAMP): requirements/dev.txt pyproject.toml client/pyproject.toml scripts/setu
 $(SMOLLM2): | $(STAMP)
 	.venv/bin/python scripts/make_models.py smollm2 $@
 
+# The warnings are those of packages that reasoning-gym needs.
 demo: $(STAMP) $(SMOLLM2) ## Train and sample with both services on this machine; results in out/demo
-	.venv/bin/python -W ignore::SyntaxWarning -m examples.demo  # which reasoning-gym has many of
+	.venv/bin/python -W ignore::SyntaxWarning -m examples.demo
 
 test: lint $(SMOLLM2) ## Lint and every test: up to 25 minutes on two cores
 	.venv/bin/pytest

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from service_common import errors
 from service_common.checkpoint import Checkpoint
@@ -51,9 +51,43 @@ def normalized(config: common_pb2.LoraConfig, max_rank: int) -> common_pb2.LoraC
             field="lora.target_modules",
             target_modules=",".join(unknown),
         )
+    for path, rank in config.rank_pattern.items():
+        if not 1 <= rank <= max_rank:
+            raise errors.invalid_argument(
+                "RANK_OUT_OF_RANGE",
+                f"rank {rank} of {path} is not between 1 and {max_rank}, this service's maximum",
+                field=f"lora.rank_pattern[{path}]",
+                rank=rank,
+                max_rank=max_rank,
+            )
+    for path, alpha_of_path in config.alpha_pattern.items():
+        if not (math.isfinite(alpha_of_path) and alpha_of_path > 0):
+            raise errors.invalid_argument(
+                "ALPHA_OUT_OF_RANGE",
+                f"alpha {alpha_of_path} of {path} is not finite and above 0",
+                field=f"lora.alpha_pattern[{path}]",
+                alpha=alpha_of_path,
+            )
     chosen = config.target_modules or TARGET_MODULES
-    modules = [module for module in TARGET_MODULES if module in chosen]
-    return common_pb2.LoraConfig(rank=config.rank, alpha=alpha, target_modules=modules)
+    return common_pb2.LoraConfig(
+        rank=config.rank,
+        alpha=alpha,
+        target_modules=[module for module in TARGET_MODULES if module in chosen],
+        use_rslora=config.use_rslora,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+    )
+
+
+def module_rank(config: common_pb2.LoraConfig, path: str) -> int:
+    """The rank of one module, by its Hugging Face path."""
+    return config.rank_pattern.get(path, config.rank)
+
+
+def module_scale(config: common_pb2.LoraConfig, path: str) -> float:
+    """The factor of B A of one module, by its Hugging Face path."""
+    rank = module_rank(config, path)
+    return config.alpha_pattern.get(path, config.alpha) / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def module_path(layer: int, module: str) -> str:
@@ -67,13 +101,22 @@ def peft_name(path: str, half: str) -> str:
     return f"base_model.model.{path}.lora_{half}.weight"
 
 
-def tensor_shapes(
-    checkpoint: Checkpoint, rank: int, target_modules: Sequence[str]
-) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(PEFT name, shape) of every tensor of such an adapter in payload order: by layer, module, A before B."""
+def path_of(name: str) -> str:
+    """The Hugging Face path of the module that a tensor with this PEFT name belongs to."""
+    return name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+
+
+def tensor_shapes(checkpoint: Checkpoint, config: common_pb2.LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(PEFT name, shape) of every tensor of such an adapter in payload order: by layer, module, A before B.
+
+    INVALID_ARGUMENT when the model does not have what `config`, which is normalized, names.
+    """
+    unknown = {*config.rank_pattern, *config.alpha_pattern}
     for layer in range(checkpoint.config["num_hidden_layers"]):
-        for module in target_modules:
+        for module in config.target_modules:
             path = module_path(layer, module)
+            unknown.discard(path)
+            rank = module_rank(config, path)
             shape = checkpoint.linear_shape(path)
             if shape is None:
                 raise errors.invalid_argument(
@@ -85,6 +128,14 @@ def tensor_shapes(
             out_features, in_features = shape
             yield peft_name(path, "A"), (rank, in_features)
             yield peft_name(path, "B"), (out_features, rank)
+    if unknown:
+        raise errors.invalid_argument(
+            "TARGET_MODULE_UNKNOWN",
+            f"rank_pattern or alpha_pattern names {min(unknown)!r}, which is no adapted linear layer of "
+            f"{checkpoint.name}; give full paths such as {module_path(0, config.target_modules[0])!r}",
+            field="lora.rank_pattern",
+            target_modules=min(unknown),
+        )
 
 
 def check_manifest(manifest: common_pb2.AdapterManifest, checkpoint: Checkpoint, max_rank: int) -> None:
@@ -105,7 +156,7 @@ def check_manifest(manifest: common_pb2.AdapterManifest, checkpoint: Checkpoint,
         payload.check_layout(manifest)
     except payload.PayloadError as cause:
         raise errors.invalid_argument("MANIFEST_INVALID", str(cause), field="manifest") from cause
-    expected = dict(tensor_shapes(checkpoint, config.rank, config.target_modules))
+    expected = dict(tensor_shapes(checkpoint, config))
     for spec in manifest.tensors:
         if spec.name not in expected:
             raise errors.invalid_argument(

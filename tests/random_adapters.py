@@ -41,7 +41,9 @@ def random_adapter(
     lora = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=TARGET_MODULES)
     generator = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in tensor_shapes(checkpoint, rank, TARGET_MODULES):
+    for name, shape in tensor_shapes(
+        checkpoint, common_pb2.LoraConfig(rank=rank, alpha=1.0, target_modules=TARGET_MODULES)
+    ):
         std = 1 / np.sqrt(shape[1]) if ".lora_A." in name else b_std
         tensors[name] = (generator.standard_normal(shape) * std).astype(np.float32)
     return Adapter.of(tensors, lora, checkpoint.fingerprint)

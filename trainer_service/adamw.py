@@ -39,14 +39,8 @@ def _out_of_range(name: str, value: float, allowed: str) -> errors.ServiceError:
     )
 
 
-def step(arena: Arena, params: AdamParams, number: int) -> float:
-    """Applies the arena's gradient as step `number` (from 1) and returns its L2 norm before clipping.
-
-    A norm that is not finite leaves weights and moments as they are.
-    """
-    norm = float(torch.linalg.vector_norm(arena.gradients))
-    if not math.isfinite(norm):
-        return norm
+def step(arena: Arena, params: AdamParams, number: int, norm: float) -> None:
+    """Applies the arena's gradient, whose L2 norm over all ranks is `norm`, as step `number` (from 1)."""
     if params.grad_clip_norm and norm > params.grad_clip_norm:
         arena.gradients.mul_(params.grad_clip_norm / norm)
     adamw(
@@ -65,4 +59,3 @@ def step(arena: Arena, params: AdamParams, number: int) -> float:
         eps=params.eps,
         maximize=False,
     )
-    return norm

@@ -1,11 +1,12 @@
-"""Training examples: checked against the model, then packed without padding."""
+"""Training examples, checked against the model before anything computes with them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from service_common import errors
+from trainer_service.losses import INPUT_DEFAULTS, INPUTS, Loss
 
 
 @dataclass(frozen=True)
@@ -14,53 +15,25 @@ class Datum:
 
     tokens: np.ndarray  # int64 [N]
     target_tokens: np.ndarray  # int64 [N]
-    weights: np.ndarray  # float32 [N]
+    inputs: Mapping[str, np.ndarray]  # float32 [N] each: what losses.INPUTS names for the loss
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
 
 
-def check(data: Sequence[Datum], vocab_size: int, max_sequence_length: int, max_tokens: int) -> None:
+def num_tokens(data: Sequence[Datum]) -> int:
+    """Tokens of all data together."""
+    return sum(len(datum) for datum in data)
+
+
+def check(data: Sequence[Datum], loss: Loss, vocab_size: int, max_sequence_length: int, max_tokens: int) -> None:
     """INVALID_ARGUMENT, naming datum and position, on what the model cannot compute."""
     if not data:
         raise errors.invalid_argument("BATCH_EMPTY", "data is empty; send at least one datum", field="data")
     for index, datum in enumerate(data):
-        field = f"data[{index}]"
-        length = len(datum.tokens)
-        if not 1 <= length <= max_sequence_length:
-            raise errors.invalid_argument(
-                "SEQUENCE_LENGTH_OUT_OF_RANGE",
-                f"{field} has {length} tokens; from 1 to {max_sequence_length} are possible",
-                field=f"{field}.tokens",
-                length=length,
-                max_sequence_length=max_sequence_length,
-            )
-        for name in ("target_tokens", "weights"):
-            array = getattr(datum, name)
-            if array.shape != (length,):
-                raise errors.invalid_argument(
-                    "LENGTH_MISMATCH",
-                    f"{field} has {length} tokens, and its {name} have shape {list(array.shape)}; "
-                    f"they must have shape [{length}]",
-                    field=f"{field}.loss_inputs[{name}]",
-                    length=length,
-                )
-        for name in ("tokens", "target_tokens"):
-            array = getattr(datum, name)
-            bad = np.flatnonzero((array < 0) | (array >= vocab_size))
-            if bad.size:
-                raise errors.invalid_argument(
-                    "TOKEN_OUT_OF_RANGE",
-                    f"{field}.{name}[{bad[0]}] is {array[bad[0]]}; token ids go from 0 to {vocab_size - 1}",
-                    field=f"{field}.{name}",
-                    token=array[bad[0]],
-                    vocab_size=vocab_size,
-                )
-        if not np.isfinite(datum.weights).all():
-            position = int(np.flatnonzero(~np.isfinite(datum.weights))[0])
-            raise errors.invalid_argument(
-                "WEIGHT_NOT_FINITE",
-                f"{field}.weights[{position}] is {datum.weights[position]}",
-                field=f"{field}.loss_inputs[weights]",
-            )
-    total = sum(len(datum.tokens) for datum in data)
+        _check_datum(datum, f"data[{index}]", loss, vocab_size, max_sequence_length)
+    total = num_tokens(data)
     if total > max_tokens:
         raise errors.invalid_argument(
             "BATCH_TOO_LARGE",
@@ -71,15 +44,59 @@ def check(data: Sequence[Datum], vocab_size: int, max_sequence_length: int, max_
         )
 
 
-def microbatches(data: Sequence[Datum], max_tokens: int) -> Iterator[list[Datum]]:
-    """Cuts the batch, in order, into passes of at most `max_tokens`; a longer sequence gets a pass of its own."""
-    batch: list[Datum] = []
-    tokens = 0
-    for datum in data:
-        if batch and tokens + len(datum.tokens) > max_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(datum)
-        tokens += len(datum.tokens)
-    if batch:
-        yield batch
+def _check_datum(datum: Datum, field: str, loss: Loss, vocab_size: int, max_sequence_length: int) -> None:
+    length = len(datum.tokens)
+    if not 1 <= length <= max_sequence_length:
+        raise errors.invalid_argument(
+            "SEQUENCE_LENGTH_OUT_OF_RANGE",
+            f"{field} has {length} tokens; from 1 to {max_sequence_length} are possible",
+            field=f"{field}.tokens",
+            length=length,
+            max_sequence_length=max_sequence_length,
+        )
+    _check_inputs(datum, field, loss)
+    for name, array in (("target_tokens", datum.target_tokens), *datum.inputs.items()):
+        if array.shape != (length,):
+            raise errors.invalid_argument(
+                "LENGTH_MISMATCH",
+                f"{field} has {length} tokens, and its {name} have shape {list(array.shape)}; "
+                f"they must have shape [{length}]",
+                field=f"{field}.loss_inputs[{name}]",
+                length=length,
+            )
+    for name in ("tokens", "target_tokens"):
+        array = getattr(datum, name)
+        bad = np.flatnonzero((array < 0) | (array >= vocab_size))
+        if bad.size:
+            raise errors.invalid_argument(
+                "TOKEN_OUT_OF_RANGE",
+                f"{field}.{name}[{bad[0]}] is {array[bad[0]]}; token ids go from 0 to {vocab_size - 1}",
+                field=f"{field}.{name}",
+                token=array[bad[0]],
+                vocab_size=vocab_size,
+            )
+
+
+def _check_inputs(datum: Datum, field: str, loss: Loss) -> None:
+    possible = set(INPUTS[loss])
+    required = possible - set(INPUT_DEFAULTS)
+    given = set(datum.inputs)
+    if not required <= given <= possible:
+        raise errors.invalid_argument(
+            "LOSS_INPUTS_INVALID",
+            f"{loss.value} takes target_tokens, {', '.join(INPUTS[loss])}; {field} has {sorted(given)} "
+            "beside target_tokens",
+            field=f"{field}.loss_inputs",
+            loss=loss.value,
+        )
+    # A position without an advantage does not count, and often carries the logprob of nothing.
+    counts = datum.inputs["advantages"] != 0 if "advantages" in given else np.True_
+    for name, array in datum.inputs.items():
+        ignored = name == "logprobs" and loss is not Loss.DRO and array.shape == np.shape(counts)
+        bad = np.flatnonzero(~np.isfinite(array) & (counts if ignored else np.True_))
+        if bad.size:
+            raise errors.invalid_argument(
+                "LOSS_INPUT_NOT_FINITE",
+                f"{field}.{name}[{bad[0]}] is {array[bad[0]]}",
+                field=f"{field}.loss_inputs[{name}]",
+            )

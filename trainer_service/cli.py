@@ -1,9 +1,9 @@
 """The command line."""
 
-import asyncio
 import enum
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,21 +34,58 @@ def run(
     max_pass_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens in one pass through the model; larger requests take several.")
     ] = 4096,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="How long running calls may go on after SIGTERM.")] = 30.0,
+    max_adapters: Annotated[int, typer.Option(min=1, help="Most adapters that may exist.")] = 1024,
+    max_resident_adapters: Annotated[
+        int, typer.Option(min=1, help="Most adapters in the device's memory; the others wait in host memory.")
+    ] = 64,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints. A restart restores adapters from their last ones.")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="HOST:PORT on which to serve Prometheus metrics.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks that share every layer.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="Stages, each with its own layers.")] = 1,
+    sequence_parallel: Annotated[
+        bool, typer.Option(help="Ranks that share a layer also share the tokens between its parts.")
+    ] = False,
+    command_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a rank is taken to hang and the group ends.")
+    ] = 600.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="How long running calls may go on after SIGTERM.")] = 20.0,
 ) -> None:
-    """Serves a frozen base model and trains LoRA adapters on it."""
+    """Serves a frozen base model and trains LoRA adapters on it.
+
+    Under torchrun the ranks that tensor and pipeline parallelism leave hold copies of the model (data parallelism).
+    """
     logs.configure("trainer")
     # Threads that wait for work must sleep: spinning, they take the cores from a sampler on the same host.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch  # noqa: PLC0415  (so that --help is quick)
 
+    from trainer_service import service  # noqa: PLC0415
     from trainer_service.engine import Limits  # noqa: PLC0415
-    from trainer_service.service import serve  # noqa: PLC0415
+    from trainer_service.parallel import Layout  # noqa: PLC0415
 
     if device is Device.AUTO:
         device = Device.CUDA if torch.cuda.is_available() else Device.CPU
-    limits = Limits(max_rank=max_rank, max_batch_tokens=max_batch_tokens, max_pass_tokens=max_pass_tokens)
-    sys.exit(asyncio.run(serve(model, listen, sampler, torch.device(device.value), limits, drain_seconds)))
+    config = service.TrainerConfig(
+        model=model,
+        listen=listen,
+        sampler=sampler,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        device=device.value,
+        limits=Limits(
+            max_rank=max_rank,
+            max_batch_tokens=max_batch_tokens,
+            max_pass_tokens=max_pass_tokens,
+            max_adapters=max_adapters,
+            max_resident_adapters=max_resident_adapters,
+        ),
+        layout=Layout(tensor_parallel, pipeline_parallel, sequence_parallel),
+        drain_seconds=drain_seconds,
+        command_timeout=command_timeout,
+    )
+    sys.exit(service.run(config))
 
 
 def main() -> None:

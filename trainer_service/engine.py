@@ -1,29 +1,37 @@
-"""The engine: one frozen base model and the resident adapters. Synchronous, and used by one thread at a time."""
+"""The engine: one frozen base model and the adapters. Synchronous, and used by one thread at a time.
+
+Every rank has one and executes the same calls in the same order; each holds its part of the model and of every adapter.
+What the ranks must decide alike, they decide from the same facts: the arguments, and sums over all ranks.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import distributed
 
 from service_common import errors, lora
 from service_common.checkpoint import Checkpoint
+from service_common.errors import ServiceError
 from tinkerbell import payload
 from tinkerbell.v1 import common_pb2
-from trainer_service import adamw, batch
+from trainer_service import adamw, passes
 from trainer_service.adamw import AdamParams
-from trainer_service.batch import Datum
 from trainer_service.lora.arena import Arena
-from trainer_service.lora.routing import Segment
-from trainer_service.losses import LOSSES, Loss
 from trainer_service.megatron import loading
+from trainer_service.parallel import Layout, Place
+from trainer_service.passes import Part, PartResult
+from trainer_service.ranks import may_take
+from trainer_service.residency import Residency
 
 if TYPE_CHECKING:
     from trainer_service.megatron.model import BaseModel
 
 TORCH_DTYPES = {common_pb2.DATA_TYPE_FLOAT32: torch.float32, common_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16}
+_LOAD_SECONDS = 3600.0  # a 70B checkpoint from a slow disk
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,14 @@ class Limits:
     # Tokens in one request, and in one pass through the model. Activations of a pass take memory, a request does not.
     max_batch_tokens: int = 65536
     max_pass_tokens: int = 4096
+    # Adapters that exist, and those of them that the device's memory holds.
+    max_adapters: int = 1024
+    max_resident_adapters: int = 64
 
 
 @dataclass
 class Adapter:
-    """A resident adapter."""
+    """An adapter and how far it is."""
 
     adapter_id: str
     config: common_pb2.LoraConfig
@@ -47,14 +58,25 @@ class Adapter:
     step: int = 0
     accumulated_calls: int = 0
     last_adam: AdamParams | None = None
+    # The gradient before the ForwardBackward that is under way; None when it was zero.
+    gradients_before: torch.Tensor | None = None
 
+    def begin_call(self) -> None:
+        """Before the first pass of a ForwardBackward."""
+        self.gradients_before = self.arena.gradients.clone() if self.accumulated_calls else None
 
-@dataclass(frozen=True)
-class PassResult:
-    """Log-probabilities per datum, float32 [N] each, and the metrics of the batch."""
+    def commit_call(self) -> None:
+        """After its last pass."""
+        self.gradients_before = None
+        self.accumulated_calls += 1
 
-    logprobs: list[np.ndarray]
-    metrics: dict[str, float]
+    def abandon_call(self) -> None:
+        """Takes the gradient back to where it was."""
+        if self.gradients_before is None:
+            self.arena.gradients.zero_()
+        else:
+            self.arena.gradients.copy_(self.gradients_before)
+            self.gradients_before = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,18 @@ class StepResult:
 
     step: int
     grad_norm: float
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter, described."""
+
+    adapter_id: str
+    config: common_pb2.LoraConfig
+    seed: int
+    num_parameters: int
+    step: int
+    resident: bool
 
 
 @dataclass(frozen=True)
@@ -89,25 +123,38 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An adapter's weights at one moment."""
+    """Tensors of an adapter at one moment."""
 
     manifest: common_pb2.AdapterManifest
     payload: memoryview
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """Whole float32 tensors by PEFT name: the weights, and the moments unless the optimizer starts anew."""
+
+    weights: Mapping[str, np.ndarray]
+    exp_avg: Mapping[str, np.ndarray] | None = None
+    exp_avg_sq: Mapping[str, np.ndarray] | None = None
+
+
 class Engine:
     """Holds the model. Every failure leaves adapters and gradients as they were before the call."""
 
-    def __init__(self, device: torch.device, limits: Limits):
+    def __init__(self, device: torch.device, limits: Limits, layout: Layout = Layout()):  # noqa: B008  (frozen)
         """`device`: where model and adapters live; float32 on a CPU, bfloat16 base weights on a GPU."""
         self.device = device
         self.limits = limits
+        self.layout = layout
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.data_type = next(wire for wire, dtype in TORCH_DTYPES.items() if dtype == self.dtype)
         self.checkpoint: Checkpoint | None = None
         self._model: BaseModel | None = None
+        self._place = Place()
         self._adapters: dict[str, Adapter] = {}
+        self._residency = Residency(limits.max_resident_adapters)
 
+    @may_take(_LOAD_SECONDS)
     def load_base_model(self, checkpoint: Checkpoint, report: Callable[[str], None]) -> None:
         """Loads the base model; `report` is called with the name of each stage as it begins.
 
@@ -124,14 +171,28 @@ class Engine:
             )
         loading.check_supported(checkpoint)
         # Imported late: Megatron takes ten seconds, in which the service answers health checks.
+        from trainer_service.megatron import runtime  # noqa: PLC0415
+
+        self._place = runtime.initialize(self.device, self.layout)
         from trainer_service.megatron.model import BaseModel  # noqa: PLC0415
 
-        self._model = BaseModel(checkpoint, self.device, self.dtype, report)
+        self._model = BaseModel(checkpoint, self.device, self.dtype, self._place, report)
         self.checkpoint = checkpoint
 
-    def create_adapter(self, adapter_id: str, config: common_pb2.LoraConfig, seed: int) -> Adapter:
-        """Makes an adapter with fresh weights. ALREADY_EXISTS, INVALID_ARGUMENT, NO_BASE_MODEL."""
-        checkpoint = self._loaded()
+    def create_adapter(
+        self,
+        adapter_id: str,
+        config: common_pb2.LoraConfig,
+        seed: int,
+        tensors: Tensors | None = None,
+        step: int = 0,
+        last_adam: AdamParams | None = None,
+    ) -> AdapterInfo:
+        """Makes an adapter with fresh weights, or with those of a checkpoint or an import.
+
+        ALREADY_EXISTS, INVALID_ARGUMENT, NO_BASE_MODEL, RESOURCE_EXHAUSTED.
+        """
+        checkpoint, model = self._loaded()
         lora.check_adapter_id(adapter_id)
         if adapter_id in self._adapters:
             raise errors.already_exists(
@@ -139,52 +200,79 @@ class Engine:
                 f"adapter {adapter_id!r} exists; remove it first or choose another name",
                 adapter_id=adapter_id,
             )
+        if len(self._adapters) >= self.limits.max_adapters:
+            raise errors.resource_exhausted(
+                "TOO_MANY_ADAPTERS",
+                f"this trainer holds {len(self._adapters)} adapters, its maximum; remove one that is not needed, or "
+                "start the trainer with a larger --max-adapters",
+                scope="trainer",
+                max_adapters=self.limits.max_adapters,
+            )
         config = lora.normalized(config, self.limits.max_rank)
-        shapes = lora.tensor_shapes(checkpoint, config.rank, config.target_modules)
-        arena = Arena(config, shapes, checkpoint.config["num_hidden_layers"], seed, self.device)
-        adapter = Adapter(adapter_id, config, seed, arena)
+        shapes = dict(lora.tensor_shapes(checkpoint, config))
+        if tensors is not None:
+            _check_shapes(tensors.weights, shapes, adapter_id)
+        self._residency.make_room()
+        arena = Arena(config, shapes.items(), model.shard, seed, self.device)
+        adapter = Adapter(adapter_id, config, seed, arena, step=step, last_adam=last_adam)
+        if tensors is not None:
+            _load(arena, tensors)
         self._adapters[adapter_id] = adapter
-        return adapter
+        self._residency.add(arena)
+        return self._info(adapter)
+
+    def replace_weights(
+        self, adapter_id: str, tensors: Tensors, step: int = 0, last_adam: AdamParams | None = None
+    ) -> AdapterInfo:
+        """Takes an adapter to other tensors of the same shapes; accumulated gradients go. NOT_FOUND, INVALID_ARGUMENT.
+
+        Moments that `tensors` does not have start anew.
+        """
+        adapter = self._adapter(adapter_id)
+        arena = adapter.arena
+        _check_shapes(tensors.weights, {name: arena.shape(name) for name in arena.names}, adapter_id)
+        self._residency.use([arena])
+        _load(arena, tensors)
+        arena.gradients.zero_()
+        adapter.accumulated_calls = 0
+        adapter.step, adapter.last_adam = step, last_adam
+        return self._info(adapter)
 
     def remove_adapter(self, adapter_id: str) -> None:
         """Frees an adapter. NOT_FOUND."""
-        self._adapter(adapter_id)
+        self._residency.remove(self._adapter(adapter_id).arena)
         del self._adapters[adapter_id]
 
-    def list_adapters(self) -> list[Adapter]:
-        """The resident adapters in order of creation."""
-        return list(self._adapters.values())
+    def list_adapters(self) -> list[AdapterInfo]:
+        """All adapters in order of creation."""
+        return [self._info(adapter) for adapter in self._adapters.values()]
 
-    def forward(self, adapter_id: str, data: Sequence[Datum], loss: Loss) -> PassResult:
-        """Log-probabilities and loss without gradients; an empty `adapter_id` means the bare base model."""
-        self._check(data)
-        arena = self._adapter(adapter_id).arena if adapter_id else None
-        with torch.no_grad():
-            return self._run(arena, data, loss, lambda total: None)
+    def run_pass(self, parts: Sequence[Part]) -> list[PartResult]:
+        """One pass of the model over the data of many adapters, each with its own loss.
 
-    def forward_backward(self, adapter_id: str, data: Sequence[Datum], loss: Loss) -> PassResult:
-        """As `forward`, and adds the gradient of the loss to the adapter's.
-
-        FAILED_PRECONDITION when the loss is not finite; the gradient then stays what it was.
+        The parts are checked: adapters exist, data fit the model and the loss. Parts of one adapter follow each other.
+        A loss that is not finite is that part's refusal (LOSS_NOT_FINITE), and changes nothing in the others' results.
         """
-        self._check(data)
-        adapter = self._adapter(adapter_id)
-        gradients = adapter.arena.gradients
-        before = gradients.clone() if adapter.accumulated_calls else None
+        _, model = self._loaded()
+        adapters = [self._adapter(part.adapter_id) if part.adapter_id else None for part in parts]
+        self._residency.use([adapter.arena for adapter in adapters if adapter])
+        training = [adapter for adapter, part in zip(adapters, parts, strict=True) if adapter and part.backward]
+        for adapter, part in zip(adapters, parts, strict=True):
+            if adapter and part.backward and part.is_first:
+                adapter.begin_call()
         try:
-            result = self._run(adapter.arena, data, loss, torch.Tensor.backward)
-            if not math.isfinite(result.metrics["loss:sum"]):
-                raise errors.failed_precondition(
-                    "LOSS_NOT_FINITE",
-                    f"the loss of adapter {adapter_id!r} is {result.metrics['loss:sum']}; its weights have diverged, "
-                    "remove it and train with a lower learning rate",
-                    adapter_id=adapter_id,
-                )
+            arenas = [adapter.arena if adapter else None for adapter in adapters]
+            results = passes.run(model, self._place, self.device, parts, arenas)
         except BaseException:
-            gradients.copy_(before) if before is not None else gradients.zero_()
+            for adapter in training:
+                adapter.abandon_call()
             raise
-        adapter.accumulated_calls += 1
-        return result
+        for adapter, part, result in zip(adapters, parts, results, strict=True):
+            if adapter and part.backward and result.refusal:
+                adapter.abandon_call()
+            elif adapter and part.backward and part.is_last:
+                adapter.commit_call()
+        return results
 
     def optim_step(self, adapter_id: str, params: AdamParams) -> StepResult:
         """Applies the accumulated gradient and clears it.
@@ -199,8 +287,12 @@ class Engine:
                 adapter_id=adapter_id,
                 step=adapter.step,
             )
-        norm = adamw.step(adapter.arena, params, adapter.step + 1)
-        adapter.arena.gradients.zero_()
+        arena = adapter.arena
+        self._residency.use([arena])
+        norm = self._sum_gradients(arena)
+        if math.isfinite(norm):
+            adamw.step(arena, params, adapter.step + 1, norm)
+        arena.gradients.zero_()
         adapter.accumulated_calls = 0
         if not math.isfinite(norm):
             raise errors.failed_precondition(
@@ -218,21 +310,25 @@ class Engine:
         """Describes an adapter's optimizer, with the norms of every tensor's moments if asked. NOT_FOUND."""
         adapter = self._adapter(adapter_id)
         arena = adapter.arena
-        moments = [
-            TensorMoments(
-                name=name,
-                shape=arena.shape(name),
-                exp_avg_norm=float(arena.view(arena.exp_avg, name).norm()),
-                exp_avg_sq_norm=float(arena.view(arena.exp_avg_sq, name).norm()),
-            )
-            for name in (arena.names if tensors else [])
-        ]
+        moments = []
+        if tensors:
+            self._residency.use([arena])
+            first, second = (_named(arena, self._gather(arena, buffer)) for buffer in (arena.exp_avg, arena.exp_avg_sq))
+            moments = [
+                TensorMoments(
+                    name=name,
+                    shape=arena.shape(name),
+                    exp_avg_norm=float(np.linalg.norm(first[name])),
+                    exp_avg_sq_norm=float(np.linalg.norm(second[name])),
+                )
+                for name in arena.names
+            ]
         return OptimizerState(
             adapter_id=adapter_id,
             step=adapter.step,
             last_adam=adapter.last_adam,
             accumulated_calls=adapter.accumulated_calls,
-            size_bytes=4 * arena.weights.nbytes,
+            size_bytes=4 * 4 * arena.num_parameters,
             tensors=moments,
         )
 
@@ -240,59 +336,87 @@ class Engine:
         """Describes all optimizers in order of creation, without their tensors."""
         return [self.optimizer_state(adapter_id, tensors=False) for adapter_id in self._adapters]
 
-    def snapshot(self, adapter_id: str, dtype: common_pb2.DataType) -> Snapshot:
-        """Copies the weights under their PEFT names, as float32 or bfloat16. NOT_FOUND, INVALID_ARGUMENT."""
-        arena = self._adapter(adapter_id).arena
+    def snapshot(self, adapter_id: str, dtype: common_pb2.DataType, *, plain: bool = False) -> Snapshot:
+        """Copies the weights under their PEFT names, as float32 or bfloat16. NOT_FOUND, INVALID_ARGUMENT.
+
+        `plain`: of one rank and with the scale alpha / rank, as every LoRA implementation has it, whatever the
+        adapter's own rank_pattern, alpha_pattern and use_rslora are; the product of the tensors is the same.
+        """
+        adapter = self._adapter(adapter_id)
         if dtype not in TORCH_DTYPES:
             raise errors.invalid_argument(
                 "DATA_TYPE_UNSUPPORTED",
                 f"dtype {dtype} is not one of DATA_TYPE_FLOAT32 and DATA_TYPE_BFLOAT16",
                 field="dtype",
             )
-        manifest = payload.build_manifest(
-            self._adapter(adapter_id).config,
-            ((name, arena.shape(name)) for name in arena.names),
-            dtype,
-            self._loaded().fingerprint,
+        arena = adapter.arena
+        self._residency.use([arena])
+        config, flat = adapter.config, self._gather(arena, arena.weights)
+        shapes = {name: arena.shape(name) for name in arena.names}
+        if plain:
+            config, shapes, flat = _plain(config, shapes, flat)
+        return self._pack(config, shapes, flat, dtype)
+
+    def moments(self, adapter_id: str) -> tuple[Snapshot, Snapshot]:
+        """Copies both AdamW moments, float32, under the PEFT names of the weights they belong to. NOT_FOUND."""
+        adapter = self._adapter(adapter_id)
+        arena = adapter.arena
+        self._residency.use([arena])
+        shapes = {name: arena.shape(name) for name in arena.names}
+        first, second = (
+            self._pack(adapter.config, shapes, self._gather(arena, buffer), common_pb2.DATA_TYPE_FLOAT32)
+            for buffer in (arena.exp_avg, arena.exp_avg_sq)
         )
-        weights = arena.weights.to(TORCH_DTYPES[dtype])
-        # Payload order is not arena order, which keeps the As of a fused layer side by side.
-        flat = torch.cat([arena.view(weights, name).reshape(-1) for name in arena.names]).cpu()
-        content = memoryview(flat.view(torch.uint8).numpy())
+        return first, second
+
+    def tensors(self, adapter_id: str) -> Tensors:
+        """Copies weights and moments. NOT_FOUND."""
+        arena = self._adapter(adapter_id).arena
+        self._residency.use([arena])
+        return Tensors(
+            *(_named(arena, self._gather(arena, buffer)) for buffer in (arena.weights, arena.exp_avg, arena.exp_avg_sq))
+        )
+
+    def _sum_gradients(self, arena: Arena) -> float:
+        """Adds the gradients of all ranks up; returns their L2 norm."""
+        place = self._place
+        if place.sequence_parallel:
+            distributed.all_reduce(arena.copies(arena.gradients), group=place.tensor.group)
+        if place.data.size > 1:
+            distributed.all_reduce(arena.gradients, group=place.data.group)
+        square = torch.linalg.vector_norm(arena.own(arena.gradients)).double() ** 2
+        if place.model.size > 1:
+            distributed.all_reduce(square, group=place.model.group)
+        return math.sqrt(square) if torch.isfinite(square) else float(square)
+
+    def _gather(self, arena: Arena, buffer: torch.Tensor) -> torch.Tensor:
+        """One of the arena's buffers, whole and in payload order: float32 [num_parameters], on all ranks."""
+        whole = arena.whole(buffer)
+        if self._place.model.size > 1:
+            distributed.all_reduce(whole, group=self._place.model.group)
+        return whole
+
+    def _pack(
+        self,
+        config: common_pb2.LoraConfig,
+        shapes: Mapping[str, tuple[int, int]],
+        flat: torch.Tensor,
+        dtype: common_pb2.DataType,
+    ) -> Snapshot:
+        manifest = payload.build_manifest(config, shapes.items(), dtype, self._loaded()[0].fingerprint)
+        content = memoryview(flat.to(TORCH_DTYPES[dtype]).cpu().view(torch.uint8).numpy())
         manifest.digest = payload.digest(manifest, content)
         return Snapshot(manifest, content)
 
-    def _run(
-        self, arena: Arena | None, data: Sequence[Datum], loss: Loss, differentiate: Callable[[torch.Tensor], None]
-    ) -> PassResult:
-        assert self._model is not None
-        logprobs: list[np.ndarray] = []
-        loss_sum = 0.0
-        for pass_data in batch.microbatches(data, self.limits.max_pass_tokens):
-            lengths = [len(datum.tokens) for datum in pass_data]
-            weights = torch.from_numpy(np.concatenate([datum.weights for datum in pass_data])).to(self.device)
-            packed = self._model.token_logprobs(
-                [Segment(arena, sum(lengths))],
-                [datum.tokens for datum in pass_data],
-                [datum.target_tokens for datum in pass_data],
-            )
-            total = LOSSES[loss](packed, weights)
-            differentiate(total)
-            loss_sum += float(total.detach())
-            logprobs += [part.numpy() for part in packed.detach().cpu().split(lengths)]
-        weights_sum = float(sum(datum.weights.sum(dtype=np.float64) for datum in data))
-        metrics = {
-            "loss:sum": loss_sum,
-            "weights:sum": weights_sum,
-            "tokens:sum": float(sum(len(datum.tokens) for datum in data)),
-        }
-        if weights_sum:
-            metrics["loss:mean"] = loss_sum / weights_sum
-        return PassResult(logprobs, metrics)
-
-    def _check(self, data: Sequence[Datum]) -> None:
-        checkpoint = self._loaded()
-        batch.check(data, checkpoint.vocab_size, checkpoint.max_sequence_length, self.limits.max_batch_tokens)
+    def _info(self, adapter: Adapter) -> AdapterInfo:
+        return AdapterInfo(
+            adapter_id=adapter.adapter_id,
+            config=adapter.config,
+            seed=adapter.seed,
+            num_parameters=adapter.arena.num_parameters,
+            step=adapter.step,
+            resident=adapter.arena.resident,
+        )
 
     def _adapter(self, adapter_id: str) -> Adapter:
         try:
@@ -300,18 +424,72 @@ class Engine:
         except KeyError:
             raise adapter_not_found(adapter_id, self._adapters) from None
 
-    def _loaded(self) -> Checkpoint:
-        if self.checkpoint is None:
+    def _loaded(self) -> "tuple[Checkpoint, BaseModel]":
+        if self.checkpoint is None or self._model is None:
             raise errors.failed_precondition(
                 "NO_BASE_MODEL", "no base model is loaded; call InitializeBaseModel or start the trainer with --model"
             )
-        return self.checkpoint
+        return self.checkpoint, self._model
 
 
-def adapter_not_found(adapter_id: str, existing: Sequence[str] | dict[str, Adapter]) -> errors.ServiceError:
+def adapter_not_found(adapter_id: str, existing: Sequence[str] | Mapping[str, object]) -> ServiceError:
     """NOT_FOUND that lists what exists."""
     return errors.not_found(
         "ADAPTER_NOT_FOUND",
         f"there is no adapter {adapter_id!r}; there are {sorted(existing)}",
         adapter_id=adapter_id,
     )
+
+
+def _check_shapes(weights: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, int]], adapter_id: str) -> None:
+    for name in [*shapes, *weights]:
+        have = weights[name].shape if name in weights else None
+        if have != shapes.get(name):
+            raise errors.invalid_argument(
+                "TENSOR_SHAPE_MISMATCH",
+                f"adapter {adapter_id!r} has {name!r} with shape {shapes.get(name)}, and what is loaded has {have}; "
+                "rank, rank_pattern and target_modules must be the same",
+                tensor=name,
+            )
+
+
+def _load(arena: Arena, tensors: Tensors) -> None:
+    arena.load(arena.weights, tensors.weights)
+    for buffer, values in ((arena.exp_avg, tensors.exp_avg), (arena.exp_avg_sq, tensors.exp_avg_sq)):
+        if values is None:
+            buffer.zero_()
+        else:
+            arena.load(buffer, values)
+
+
+def _named(arena: Arena, flat: torch.Tensor) -> dict[str, np.ndarray]:
+    """Cuts what `_gather` returns into tensors by name."""
+    sizes = [math.prod(arena.shape(name)) for name in arena.names]
+    parts = flat.cpu().split(sizes)
+    return {name: part.view(arena.shape(name)).numpy() for name, part in zip(arena.names, parts, strict=True)}
+
+
+def _plain(
+    config: common_pb2.LoraConfig, shapes: Mapping[str, tuple[int, int]], flat: torch.Tensor
+) -> tuple[common_pb2.LoraConfig, dict[str, tuple[int, int]], torch.Tensor]:
+    """The same adapter without patterns and rsLoRA: ranks filled up with zeros, scales moved into B."""
+    rank = max([config.rank, *config.rank_pattern.values()])
+    alpha = config.alpha * math.sqrt(config.rank) if config.use_rslora else config.alpha
+    if not (config.rank_pattern or config.alpha_pattern):
+        plain = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=config.target_modules)
+        return plain, dict(shapes), flat
+    plain = common_pb2.LoraConfig(rank=rank, alpha=rank, target_modules=config.target_modules)
+    plain_shapes = {}
+    tensors = []
+    for (name, (rows, columns)), part in zip(
+        shapes.items(), flat.split([math.prod(shape) for shape in shapes.values()]), strict=True
+    ):
+        tensor = part.view(rows, columns)
+        if ".lora_A." in name:
+            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rank - rows))
+        else:
+            scale = lora.module_scale(config, lora.path_of(name))
+            tensor = torch.nn.functional.pad(tensor * scale, (0, rank - columns))
+        plain_shapes[name] = (tensor.shape[0], tensor.shape[1])
+        tensors.append(tensor.reshape(-1))
+    return plain, plain_shapes, torch.cat(tensors)

@@ -2,16 +2,22 @@
 
 import asyncio
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
+import prometheus_client
 import structlog
-import torch
 
 from service_common import rpc
 from service_common.errors import ServiceError
 from tinkerbell.v1 import trainer_pb2, trainer_pb2_grpc
+from trainer_service.checkpoints import CheckpointStore
 from trainer_service.engine import Engine, Limits
-from trainer_service.executor import LocalExecutor
+from trainer_service.executor import Executor, LocalExecutor
+from trainer_service.metrics import Metrics
+from trainer_service.parallel import Layout
 from trainer_service.publish.grpc_push import GrpcPublisher
+from trainer_service.ranks import Group, Process, RanksExecutor, follow
 from trainer_service.server import TrainerServicer
 from trainer_service.trainer import Trainer
 
@@ -20,41 +26,89 @@ log = structlog.get_logger(__name__)
 SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 
 
-async def serve(
-    model: str | None, listen: str, sampler: str | None, device: torch.device, limits: Limits, drain_seconds: float
-) -> int:
-    """Serves on `listen` (HOST:PORT) until a signal comes; ready once a base model is loaded.
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The trainer's settings; `cli.py` has their defaults.
 
-    Returns the exit status: 0 after a signal, 1 when the model given cannot be loaded.
+    model: checkpoint folder or hub name, None to wait for InitializeBaseModel.
+    listen, sampler, metrics: HOST:PORT; None for no sampler and no metrics.
+    checkpoints: folder for checkpoints, None for none.
+    device: "cpu" or "cuda".
+    command_timeout: seconds after which a rank is taken to hang.
     """
-    engine = Engine(device, limits)
-    trainer = Trainer(engine, LocalExecutor(engine), GrpcPublisher(sampler) if sampler else None)
+
+    model: str | None
+    listen: str
+    sampler: str | None
+    metrics: str | None
+    checkpoints: Path | None
+    device: str
+    limits: Limits
+    layout: Layout
+    drain_seconds: float
+    command_timeout: float
+
+
+def run(config: TrainerConfig) -> int:
+    """Serves until a signal comes, or, on other ranks than the first, until that one ends. Returns the exit status.
+
+    0 after a signal, 1 when the model given cannot be loaded.
+    """
+    process = Process.from_environment()
+    config.layout.data(process.world_size)
+    device = process.device(config.device)
+    engine = Engine(device, config.limits, config.layout)
+    if process.world_size == 1:
+        return asyncio.run(_serve(config, engine, LocalExecutor(engine)))
+    group = Group(process, device, config.command_timeout)
+    if process.rank:
+        follow(engine, group)
+        return 0
+    return asyncio.run(_serve(config, engine, RanksExecutor(engine, group)))
+
+
+async def _serve(config: TrainerConfig, engine: Engine, executor: Executor) -> int:
+    metrics = Metrics()
+    trainer = Trainer(
+        engine,
+        executor,
+        metrics,
+        GrpcPublisher(config.sampler) if config.sampler else None,
+        CheckpointStore(config.checkpoints) if config.checkpoints else None,
+    )
     servicer = TrainerServicer(trainer)
     server = rpc.Server(
-        listen, SERVICE_NAME, lambda inner: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, inner)
+        config.listen,
+        SERVICE_NAME,
+        lambda inner: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, inner),
     )
     signalled = asyncio.create_task(rpc.until_signal())
     await server.start()
+    if config.metrics:
+        host, _, port = config.metrics.rpartition(":")
+        prometheus_client.start_http_server(int(port), host, metrics.registry)
     loaded = asyncio.create_task(trainer.loaded.wait())
     waiting: set[asyncio.Task] = {signalled, loaded}
-    if model is not None:
+    if config.model is not None:
         loading = asyncio.create_task(
-            trainer.load_base_model(model, lambda stage: log.info("loading", model=model, stage=stage.lower()))
+            trainer.load_base_model(
+                config.model, lambda stage: log.info("loading", model=config.model, stage=stage.lower())
+            )
         )
         waiting = {signalled, loading}
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     status = 0
     for task in done:
         if (error := task.exception()) is not None:
-            log.error("load_failed", model=model, error=str(error), exc_info=not isinstance(error, ServiceError))
+            log.error("load_failed", model=config.model, error=str(error), exc_info=not isinstance(error, ServiceError))
             status = 1
     if not status and not signalled.done():
         await server.set_ready()
         await signalled
-    await server.drain(drain_seconds)
+    await server.drain(config.drain_seconds)
     if trainer.loading:
         # A load can't be interrupted, holds its thread to the end, and has made nothing yet that could be lost.
-        log.info("load_abandoned", model=model)
+        log.info("load_abandoned", model=config.model)
         os._exit(status)
     await trainer.close()
     return status

@@ -1,18 +1,40 @@
-"""The trainer as its clients see it: adapters, operations in order, publishing."""
+"""The trainer as its clients see it: adapters, operations in order and done once, shared passes, publishing,
+checkpoints.
+"""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from google.protobuf.message import Message
 
 from service_common import checkpoint as checkpoints
-from service_common import errors
+from service_common import errors, lora
+from service_common.checkpoint import Checkpoint
+from service_common.errors import ServiceError
 from tinkerbell.v1 import common_pb2
-from trainer_service.engine import Adapter, Engine, Snapshot, adapter_not_found
+from trainer_service import batch
+from trainer_service.adamw import AdamParams
+from trainer_service.batch import Datum
+from trainer_service.batching import Batcher, Computed
+from trainer_service.checkpoints import AdapterState, CheckpointInfo, CheckpointStore
+from trainer_service.commands import Commands
+from trainer_service.engine import AdapterInfo, Engine, OptimizerState, Snapshot, StepResult, Tensors, adapter_not_found
 from trainer_service.executor import Executor
+from trainer_service.idempotency import Answers, body
+from trainer_service.losses import Loss, LossConfig
+from trainer_service.metrics import Metrics
+from trainer_service.order import Turn, Turns
 from trainer_service.publish.grpc_push import GrpcPublisher
-from trainer_service.scheduler import Turn, Turns
+from trainer_service.ranks import OnRankZero
+
+log = structlog.get_logger(__name__)
+
+_DRAIN_SECONDS = 20.0  # torchrun kills 30 s after it passed a signal on
 
 
 @dataclass
@@ -20,6 +42,7 @@ class _Entry:
     """What the trainer keeps about an adapter beside the engine's part."""
 
     turns: Turns
+    answers: Answers = field(default_factory=Answers)
     publish_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     published_version: int = 0
 
@@ -28,7 +51,7 @@ class _Entry:
 class AdapterStatus:
     """An adapter and its place in the order of operations."""
 
-    adapter: Adapter
+    info: AdapterInfo
     published_version: int
     next_seq_id: int
 
@@ -44,16 +67,32 @@ class Sync:
 
 
 class Trainer:
-    """Puts operations in order and hands them to the executor."""
+    """Puts operations in order and hands them to the engine."""
 
-    def __init__(self, engine: Engine, executor: Executor, publisher: GrpcPublisher | None):
-        """`engine` is read here for facts that do not change; whatever computes goes through `executor`."""
+    def __init__(
+        self,
+        engine: Engine,
+        executor: Executor,
+        metrics: Metrics,
+        publisher: GrpcPublisher | None = None,
+        store: CheckpointStore | None = None,
+    ):
+        """`engine` is read here for facts that do not change; whatever computes goes through `executor`.
+
+        `store`: None for a trainer that keeps no checkpoints.
+        """
         self.engine = engine
-        self.executor = executor
         self.publisher = publisher
-        self._entries: dict[str, _Entry] = {}
-        self._loading = asyncio.Lock()
         self.loaded = asyncio.Event()
+        self._executor = executor
+        self._commands = Commands(executor)
+        self._metrics = metrics
+        self._batcher = Batcher(self._commands, metrics, engine.limits.max_pass_tokens)
+        self._store = store
+        self._entries: dict[str, _Entry] = {}
+        self._answers = Answers()  # to what does not belong to one adapter
+        self._tasks: set[asyncio.Task] = set()
+        self._loading = asyncio.Lock()
 
     @property
     def loading(self) -> bool:
@@ -61,30 +100,73 @@ class Trainer:
         return self._loading.locked()
 
     async def load_base_model(self, name: str, report: Callable[[str], None]) -> None:
-        """Finds and loads a checkpoint; `report` is called, on any thread, with each stage as it begins."""
+        """Finds and loads a checkpoint; `report` is called, on any thread, with each stage as it begins.
+
+        Then restores the adapters that the checkpoint store has, each from its last checkpoint.
+        """
         async with self._loading:
             report("RESOLVING")
-            checkpoint = await asyncio.to_thread(checkpoints.resolve, name)
-            await self.executor.run(Engine.load_base_model, checkpoint, report)
+            found = await asyncio.to_thread(checkpoints.resolve, name)
+            await self._commands.run(Engine.load_base_model, found, OnRankZero(report))
+            if self._store is not None and not self.loaded.is_set():
+                await self._restore(self._store, found)
         self.loaded.set()
+
+    async def once[T: Message](self, adapter_id: str, request: Message, work: Callable[[], Awaitable[T]]) -> T:
+        """Does `work`, or answers with what it came to when the same request was there before; see Answers.once.
+
+        `adapter_id`: whose answers the request belongs to; empty for the trainer's own.
+        """
+        await self._until_restored()
+        answers = self._entry(adapter_id).answers if adapter_id else self._answers
+        return await answers.once(request.request_id, body(request), work)  # type: ignore[attr-defined]
+
+    async def to_the_end[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Does `work`, to its end also when the caller goes away: whoever waits for a turn must not be cancelled."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def create_adapter(self, adapter_id: str, config: common_pb2.LoraConfig, seed: int) -> AdapterStatus:
         """See Engine.create_adapter."""
-        adapter = await self.executor.run(Engine.create_adapter, adapter_id, config, seed)
-        self._entries[adapter_id] = _Entry(Turns(adapter_id))
-        return self._status(adapter)
+        return self._enter(await self._commands.run(Engine.create_adapter, adapter_id, config, seed))
+
+    async def create_from_checkpoint(
+        self, adapter_id: str, checkpoint_id: str, *, fresh_optimizer: bool
+    ) -> AdapterStatus:
+        """A new adapter that begins where a checkpoint stands."""
+        state = await self._load_state(checkpoint_id)
+        tensors, step, last_adam = _resumed(state, fresh_optimizer)
+        info = await self._commands.run(
+            Engine.create_adapter, adapter_id, state.config, state.seed, tensors, step, last_adam
+        )
+        return self._enter(info)
 
     async def remove_adapter(self, adapter_id: str) -> None:
-        """See Engine.remove_adapter. Operations that wait for their turn fail."""
+        """Frees an adapter once the operations that have begun are done; those that wait for their turn fail.
+
+        A restart does not bring it back.
+        """
         entry = self._entry(adapter_id)
-        await self.executor.run(Engine.remove_adapter, adapter_id)
-        entry.turns.close()
         del self._entries[adapter_id]
+        entry.turns.close()
+        # A pass that misses one of its adapters fails for all, and a checkpoint saved later would bring this one back.
+        await entry.answers.wait_idle()
+        try:
+            if self._store is not None:
+                await asyncio.to_thread(self._store.mark_removed, adapter_id)
+        except ServiceError:
+            self._entries[adapter_id] = entry
+            raise
+        await self._commands.run(Engine.remove_adapter, adapter_id)
+        self._metrics.adapters.set(len(self._entries))
 
     async def list_adapters(self) -> list[AdapterStatus]:
         """All adapters in order of creation."""
-        adapters = await self.executor.run(Engine.list_adapters)
-        return [self._status(adapter) for adapter in adapters if adapter.adapter_id in self._entries]
+        await self._until_restored()
+        adapters = await self._commands.run(Engine.list_adapters)
+        return [self._status(info) for info in adapters if info.adapter_id in self._entries]
 
     @contextlib.asynccontextmanager
     async def turn(self, adapter_id: str, seq_id: int) -> AsyncIterator[Turn]:
@@ -92,12 +174,57 @@ class Trainer:
         if not adapter_id:
             yield Turn(Turns(""), numbered=False)
             return
+        await self._until_restored()
         async with self._entry(adapter_id).turns.take(seq_id) as turn:
             yield turn
 
+    async def compute(
+        self, adapter_id: str, data: Sequence[Datum], loss: Loss, config: LossConfig, *, backward: bool
+    ) -> Computed:
+        """Log-probabilities and loss; with `backward`, adds its gradient to the adapter's. Inside the turn."""
+        found = self._base_model()
+        limits = self.engine.limits
+        batch.check(data, loss, found.vocab_size, found.max_sequence_length, limits.max_batch_tokens)
+        if adapter_id or backward:
+            self._entry(adapter_id)
+        with self._counting_refusals():
+            return await self._batcher.compute(adapter_id, data, loss, config, backward)
+
+    async def optim_step(self, adapter_id: str, params: AdamParams) -> StepResult:
+        """See Engine.optim_step."""
+        with self._counting_refusals():
+            result = await self._commands.run(Engine.optim_step, adapter_id, params)
+        self._metrics.steps.inc()
+        return result
+
+    async def optimizer_state(self, adapter_id: str) -> OptimizerState:
+        """See Engine.optimizer_state."""
+        return await self._commands.run(Engine.optimizer_state, adapter_id)
+
+    async def optimizer_states(self) -> list[OptimizerState]:
+        """See Engine.optimizer_states."""
+        return await self._commands.run(Engine.optimizer_states)
+
+    async def moments(self, adapter_id: str) -> tuple[Snapshot, Snapshot]:
+        """See Engine.moments."""
+        return await self._commands.run(Engine.moments, adapter_id)
+
     async def snapshot(self, adapter_id: str, dtype: common_pb2.DataType) -> Snapshot:
         """See Engine.snapshot."""
-        return await self.executor.run(Engine.snapshot, adapter_id, dtype)
+        return await self._commands.run(Engine.snapshot, adapter_id, dtype)
+
+    def check_import(self, manifest: common_pb2.AdapterManifest) -> None:
+        """INVALID_ARGUMENT or FAILED_PRECONDITION unless the base model can carry what an import announces."""
+        lora.check_manifest(manifest, self._base_model(), self.engine.limits.max_rank)
+
+    async def import_weights(
+        self, adapter_id: str, seq_id: int, config: common_pb2.LoraConfig, tensors: Tensors
+    ) -> AdapterStatus:
+        """Replaces an adapter's weights at its turn, or makes an adapter of them."""
+        if adapter_id not in self._entries:
+            return self._enter(await self._commands.run(Engine.create_adapter, adapter_id, config, 0, tensors))
+        async with self.turn(adapter_id, seq_id):
+            return await self._replace(adapter_id, config, tensors)
 
     async def sync(self, adapter_id: str, turn: Turn) -> Sync:
         """Publishes the adapter as it is at its turn, and passes the turn on as soon as the weights are copied.
@@ -111,17 +238,136 @@ class Trainer:
         entry = self._entry(adapter_id)
         async with entry.publish_lock:
             started = time.monotonic()
-            snapshot = await self.snapshot(adapter_id, await self.publisher.data_type())
+            dtype = await self.publisher.data_type()
+            snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype, plain=True)
             turn.pass_on()
             published = await self.publisher.publish(adapter_id, snapshot, entry.published_version + 1)
             entry.published_version = published.version
         return Sync(published.version, published.digest, published.sent_bytes, time.monotonic() - started)
 
+    async def save_checkpoint(self, adapter_id: str, name: str, ttl_seconds: float, turn: Turn) -> CheckpointInfo:
+        """Writes the adapter as it is at its turn, and passes the turn on as soon as the tensors are copied."""
+        store, entry = self._checkpoint_store(), self._entry(adapter_id)
+        found = self._base_model()
+        tensors, optimizer = await asyncio.gather(
+            self._commands.run(Engine.tensors, adapter_id),
+            self._commands.run(Engine.optimizer_state, adapter_id, tensors=False),
+        )
+        info = await self._info(adapter_id)
+        state = AdapterState(
+            adapter_id=adapter_id,
+            config=info.config,
+            base_model_name=found.name,
+            base_model_fingerprint=found.fingerprint,
+            seed=info.seed,
+            step=optimizer.step,
+            seq_id=entry.turns.next_seq_id - 1,
+            last_adam=vars(optimizer.last_adam) if optimizer.last_adam else None,
+            published_version=entry.published_version,
+            replies=entry.answers.saved(),
+            weights=dict(tensors.weights),
+            exp_avg=dict(tensors.exp_avg or {}),
+            exp_avg_sq=dict(tensors.exp_avg_sq or {}),
+        )
+        turn.pass_on()
+        return await asyncio.to_thread(store.save, state, name or f"step-{state.step}", ttl_seconds)
+
+    async def load_checkpoint(self, adapter_id: str, checkpoint_id: str, *, fresh_optimizer: bool) -> AdapterStatus:
+        """Takes an adapter to a checkpoint. Inside the turn."""
+        self._entry(adapter_id)
+        state = await self._load_state(checkpoint_id)
+        return await self._replace(adapter_id, state.config, *_resumed(state, fresh_optimizer))
+
+    async def list_checkpoints(self, adapter_id: str) -> Sequence[CheckpointInfo]:
+        """Whole checkpoints, oldest first. Those whose time has come go."""
+        store = self._checkpoint_store()
+        await asyncio.to_thread(store.expire, time.time())
+        return await asyncio.to_thread(store.list, adapter_id)
+
+    async def delete_checkpoint(self, checkpoint_id: str) -> None:
+        """See CheckpointStore.delete."""
+        await asyncio.to_thread(self._checkpoint_store().delete, checkpoint_id)
+
     async def close(self) -> None:
-        """Ends what is running."""
+        """Ends what is running; operations that wait for their turn fail."""
+        for entry in self._entries.values():
+            entry.turns.close()
+        waiting = [entry.answers.wait_idle() for entry in self._entries.values()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                await asyncio.gather(self._answers.wait_idle(), *waiting, *self._tasks, return_exceptions=True)
         if self.publisher is not None:
             await self.publisher.close()
-        await asyncio.to_thread(self.executor.close)
+        await asyncio.to_thread(self._executor.close)
+
+    async def _restore(self, store: CheckpointStore, found: Checkpoint) -> None:
+        await asyncio.to_thread(store.clear_leftovers)
+        for adapter_id in await asyncio.to_thread(store.restorable):
+            state = await asyncio.to_thread(_last_whole, store, adapter_id)
+            if state is None or state.base_model_fingerprint != found.fingerprint:
+                log.warning("adapter_not_restored", adapter_id=adapter_id, damaged=state is None)
+                continue
+            tensors, step, last_adam = _resumed(state, fresh_optimizer=False)
+            await self._commands.run(
+                Engine.create_adapter, adapter_id, state.config, state.seed, tensors, step, last_adam
+            )
+            self._entries[adapter_id] = _Entry(
+                Turns(adapter_id, next_seq_id=state.seq_id + 1, restored_step=step),
+                Answers(state.replies),
+                published_version=state.published_version,
+            )
+            log.info("adapter_restored", adapter_id=adapter_id, step=step, next_seq_id=state.seq_id + 1)
+        self._metrics.adapters.set(len(self._entries))
+
+    async def _until_restored(self) -> None:
+        """Waits while the first base model is being loaded: after a restart, its adapters come back with it."""
+        if self.loading and not self.loaded.is_set():
+            async with self._loading:
+                pass
+
+    async def _load_state(self, checkpoint_id: str) -> AdapterState:
+        state = await asyncio.to_thread(self._checkpoint_store().load, checkpoint_id)
+        found = self._base_model()
+        if state.base_model_fingerprint != found.fingerprint:
+            raise errors.failed_precondition(
+                "BASE_MODEL_MISMATCH",
+                f"checkpoint {checkpoint_id} belongs to base model {state.base_model_name} "
+                f"({state.base_model_fingerprint[:12]}…), and this trainer holds {found.name}",
+                adapter_base_model=state.base_model_fingerprint,
+                service_base_model=found.fingerprint,
+            )
+        return state
+
+    async def _replace(
+        self,
+        adapter_id: str,
+        config: common_pb2.LoraConfig,
+        tensors: Tensors,
+        step: int = 0,
+        last_adam: AdamParams | None = None,
+    ) -> AdapterStatus:
+        current = await self._info(adapter_id)
+        for name in tensors.weights:
+            path = lora.path_of(name)
+            ours, theirs = lora.module_scale(current.config, path), lora.module_scale(config, path)
+            if ours != theirs:
+                raise errors.invalid_argument(
+                    "SCALE_MISMATCH",
+                    f"adapter {adapter_id!r} scales {path} by {ours:g}, and what is loaded by {theirs:g}; alpha, "
+                    "alpha_pattern and use_rslora must come to the same, or the adapter must be a new one",
+                    adapter_id=adapter_id,
+                )
+        return self._status(await self._commands.run(Engine.replace_weights, adapter_id, tensors, step, last_adam))
+
+    def _enter(self, info: AdapterInfo) -> AdapterStatus:
+        self._entries[info.adapter_id] = _Entry(Turns(info.adapter_id))
+        self._metrics.adapters.set(len(self._entries))
+        return self._status(info)
+
+    async def _info(self, adapter_id: str) -> AdapterInfo:
+        """Of an adapter with an operation under way: the engine has it even if it is being removed."""
+        adapters = await self._commands.run(Engine.list_adapters)
+        return next(info for info in adapters if info.adapter_id == adapter_id)
 
     def _entry(self, adapter_id: str) -> _Entry:
         try:
@@ -129,6 +375,44 @@ class Trainer:
         except KeyError:
             raise adapter_not_found(adapter_id, list(self._entries)) from None
 
-    def _status(self, adapter: Adapter) -> AdapterStatus:
-        entry = self._entries[adapter.adapter_id]
-        return AdapterStatus(adapter, entry.published_version, entry.turns.next_seq_id)
+    def _status(self, info: AdapterInfo) -> AdapterStatus:
+        entry = self._entry(info.adapter_id)
+        return AdapterStatus(info, entry.published_version, entry.turns.next_seq_id)
+
+    def _base_model(self) -> Checkpoint:
+        if self.engine.checkpoint is None:
+            raise errors.failed_precondition(
+                "NO_BASE_MODEL", "no base model is loaded; call InitializeBaseModel or start the trainer with --model"
+            )
+        return self.engine.checkpoint
+
+    def _checkpoint_store(self) -> CheckpointStore:
+        if self._store is None:
+            raise errors.failed_precondition(
+                "NO_CHECKPOINT_FOLDER", "this trainer keeps no checkpoints; start it with --checkpoints FOLDER"
+            )
+        return self._store
+
+    @contextlib.contextmanager
+    def _counting_refusals(self):
+        try:
+            yield
+        except ServiceError as refusal:
+            self._metrics.refusals.labels(refusal.reason).inc()
+            raise
+
+
+def _resumed(state: AdapterState, fresh_optimizer: bool) -> tuple[Tensors, int, AdamParams | None]:
+    if fresh_optimizer:
+        return Tensors(state.weights), 0, None
+    last_adam = AdamParams(**state.last_adam) if state.last_adam else None
+    return Tensors(state.weights, state.exp_avg, state.exp_avg_sq), state.step, last_adam
+
+
+def _last_whole(store: CheckpointStore, adapter_id: str) -> AdapterState | None:
+    for info in reversed(store.list(adapter_id)):
+        try:
+            return store.load(info.checkpoint_id)
+        except ServiceError as damage:
+            log.warning("checkpoint_skipped", checkpoint_id=info.checkpoint_id, error=damage.message)
+    return None

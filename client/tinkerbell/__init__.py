@@ -13,7 +13,9 @@ One rule for both clients: work that keeps an engine busy returns a future, ever
 classes are the same for asyncio. `tinkerbell.errors` says what a call can raise.
 """
 
+from tinkerbell._retry import Retry
 from tinkerbell.aio import AsyncSamplerClient, AsyncTrainerClient, AsyncTrainingRun
+from tinkerbell.custom_loss import torch_loss
 from tinkerbell.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -31,11 +33,14 @@ from tinkerbell.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from tinkerbell.inputs import AdamParams, Datum, SamplingParams
+from tinkerbell.inputs import AdamParams, Datum, LossConfig, SamplingParams
+from tinkerbell.lora import LoraConfig
 from tinkerbell.results import (
     AdapterVersion,
     BaseModelInfo,
+    Checkpoint,
     Completion,
+    ExportedOptimizer,
     ForwardBackwardResult,
     ForwardResult,
     GenerateDelta,
@@ -46,6 +51,7 @@ from tinkerbell.results import (
     LoraAdapter,
     OptimizerState,
     OptimStepResult,
+    Parallelism,
     PositionLogprobs,
     PushResult,
     SampledAdapter,
@@ -66,10 +72,12 @@ __all__ = [
     "AsyncTrainingRun",
     "BaseModelInfo",
     "CallCancelledError",
+    "Checkpoint",
     "Completion",
     "DataLossError",
     "Datum",
     "DeadlineExceededError",
+    "ExportedOptimizer",
     "FailedPreconditionError",
     "ForwardBackwardResult",
     "ForwardResult",
@@ -81,13 +89,17 @@ __all__ = [
     "LoadProgress",
     "LogprobsResult",
     "LoraAdapter",
+    "LoraConfig",
+    "LossConfig",
     "NotFoundError",
     "OptimStepResult",
     "OptimizerState",
+    "Parallelism",
     "PermissionDeniedError",
     "PositionLogprobs",
     "PushResult",
     "ResourceExhaustedError",
+    "Retry",
     "SampledAdapter",
     "SamplerClient",
     "SamplerInfo",
@@ -101,4 +113,5 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "torch_loss",
 ]

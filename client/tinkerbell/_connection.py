@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import grpc
 
 from tinkerbell import errors
+from tinkerbell._retry import DEFAULT_RETRY, Retry
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ _READS = {
         "ListLoraAdapters",
         "GetOptimizerState",
         "ListOptimizerStates",
+        "ListCheckpoints",
     ],
     "tinkerbell.v1.SamplerService": ["GetBackendInfo", "ListAdapters", "ComputeLogprobs"],
 }
@@ -53,18 +55,32 @@ _CHANNEL_OPTIONS = [
 class Connection:
     """Makes calls to one address. Belongs to the event loop it was made in."""
 
-    def __init__(self, service: str, address: str, timeout: float | None):
+    def __init__(self, service: str, address: str, timeout: float | None, retry: Retry = DEFAULT_RETRY):
         """`service` names the other side in errors. `timeout`: seconds for each whole call; None means no limit."""
         asyncio.get_running_loop()  # RuntimeError now rather than a channel of another loop
         self.channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._peer = f"{service} at {address}"
+        self.peer = f"{service} at {address}"
         self._timeout = timeout
+        self._retry = retry
         self._tasks: set[asyncio.Task] = set()
 
     async def call(self, method: Any, request: Any) -> Any:
         """The response of a unary call."""
         with self._typed_errors():
             return await method(request, timeout=self._timeout)
+
+    async def mutate(self, method: Any, request: Any) -> Any:
+        """As `call`, for a request with a request_id: it is sent again while no answer comes."""
+
+        async def attempt(timeout: float | None) -> Any:  # noqa: ASYNC109 - gRPC keeps the time
+            with self._typed_errors():
+                return await method(request, timeout=timeout)
+
+        return await self.until_answered(attempt)
+
+    async def until_answered(self, attempt: Callable[[float | None], Awaitable[T]]) -> T:
+        """What `attempt` returns, which is given its seconds, and is called again while no answer comes."""
+        return await self._retry.until_answered(attempt, self._timeout)
 
     async def stream(self, method: Any, request: Any) -> AsyncGenerator[Any, None]:
         """The responses of a streaming call. Closing the generator cancels the call."""
@@ -92,6 +108,6 @@ class Connection:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error, self._peer) from error
+            raise errors.from_rpc_error(error, self.peer) from error
         except grpc.aio.UsageError:
-            raise RuntimeError(f"the connection to {self._peer} is closed") from None
+            raise RuntimeError(f"the connection to {self.peer} is closed") from None

@@ -1,11 +1,13 @@
 """Messages to results: one function per dataclass of `tinkerbell.results`."""
 
+import datetime
 from collections.abc import Iterable
 from typing import Any
 
 from tinkerbell import results, tensors
 from tinkerbell.errors import InternalError
 from tinkerbell.inputs import AdamParams
+from tinkerbell.lora import LoraConfig
 from tinkerbell.v1 import common_pb2, sampler_pb2, trainer_pb2
 
 _FINISH_REASONS: dict[int, results.FinishReason | None] = {
@@ -48,9 +50,18 @@ def trainer_info(message: trainer_pb2.TrainerServiceGetBackendInfoResponse) -> r
     return results.TrainerInfo(
         base_model=base_model_info(message.base_model) if message.HasField("base_model") else None,
         device=message.device,
-        world_size=message.world_size,
+        parallelism=results.Parallelism(
+            world_size=message.parallelism.world_size,
+            tensor=message.parallelism.tensor,
+            pipeline=message.parallelism.pipeline,
+            data=message.parallelism.data,
+            sequence_parallel=message.parallelism.sequence_parallel,
+        ),
         versions=dict(message.versions),
         num_adapters=message.num_adapters,
+        num_resident_adapters=message.num_resident_adapters,
+        max_adapters=message.max_adapters,
+        max_resident_adapters=message.max_resident_adapters,
         max_rank=message.max_rank,
         max_batch_tokens=message.max_batch_tokens,
         sampler_address=message.sampler_address,
@@ -74,14 +85,13 @@ def sampler_info(message: sampler_pb2.SamplerServiceGetBackendInfoResponse) -> r
 def lora_adapter(message: trainer_pb2.LoraAdapter) -> results.LoraAdapter:
     return results.LoraAdapter(
         adapter_id=message.adapter_id,
-        rank=message.lora.rank,
-        alpha=message.lora.alpha,
-        target_modules=tuple(message.lora.target_modules),
+        lora=LoraConfig.from_proto(message.lora),
         seed=message.seed,
         num_parameters=message.num_parameters,
         step=message.step,
         published_version=message.published_version,
         next_seq_id=message.next_seq_id,
+        resident=message.resident,
     )
 
 
@@ -132,6 +142,21 @@ def optimizer_state(message: trainer_pb2.OptimizerState) -> results.OptimizerSta
     )
 
 
+def checkpoint(message: trainer_pb2.Checkpoint) -> results.Checkpoint:
+    return results.Checkpoint(
+        checkpoint_id=message.checkpoint_id,
+        adapter_id=message.adapter_id,
+        lora=LoraConfig.from_proto(message.lora),
+        step=message.step,
+        seq_id=message.seq_id,
+        created_at=_time(message.created_at),
+        expires_at=_time(message.expires_at) if message.expires_at else None,
+        size_bytes=message.size_bytes,
+        path=message.path,
+        base_model_fingerprint=message.base_model_fingerprint,
+    )
+
+
 def adapter_version(message: sampler_pb2.AdapterVersion) -> results.AdapterVersion:
     return results.AdapterVersion(adapter_id=message.adapter_id, version=message.version, digest=message.digest)
 
@@ -144,9 +169,7 @@ def sampled_adapter(message: sampler_pb2.SampledAdapter) -> results.SampledAdapt
             results.LiveVersion(
                 version=live.version,
                 digest=live.digest,
-                rank=live.lora.rank,
-                alpha=live.lora.alpha,
-                target_modules=tuple(live.lora.target_modules),
+                lora=LoraConfig.from_proto(live.lora),
                 size_bytes=live.size_bytes,
                 active_requests=live.active_requests,
             )
@@ -206,6 +229,10 @@ def logprobs_result(message: sampler_pb2.ComputeLogprobsResponse) -> results.Log
 
 def _adam_params(message: trainer_pb2.AdamParams) -> AdamParams:
     return AdamParams(**{field.name: value for field, value in message.ListFields()})
+
+
+def _time(seconds: float) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)  # noqa: UP017 - Python 3.10 lacks UTC
 
 
 def _short_name(enum: Any, value: int, prefix: str) -> str:

@@ -1,6 +1,5 @@
 """An adapter's weights as numpy arrays, to and from a manifest with its payload."""
 
-import re
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -8,22 +7,19 @@ import numpy as np
 
 from tinkerbell import payload, tensors
 from tinkerbell.errors import DataLossError
+from tinkerbell.lora import LoraConfig
 from tinkerbell.v1 import common_pb2
-
-_PEFT_NAME = re.compile(r"\.([^.]+)\.lora_[AB]\.weight$")
 
 
 def pack(
-    weights: Mapping[str, np.ndarray], rank: int, alpha: float, base_model_fingerprint: str
+    weights: Mapping[str, np.ndarray], lora: LoraConfig, base_model_fingerprint: str
 ) -> tuple[common_pb2.AdapterManifest, bytes]:
     """Manifest, digest included, and payload of an adapter.
 
     `weights`: by PEFT name, A [rank, in] and B [out, rank], all float32 or all float16. ValueError, naming the tensor,
-    when a name is not PEFT's or a dtype can't travel.
+    when a dtype can't travel.
     """
-    modules = dict.fromkeys(_target_module(name) for name in weights)
-    lora = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=modules)
-    manifest = common_pb2.AdapterManifest(lora=lora, base_model_fingerprint=base_model_fingerprint)
+    manifest = common_pb2.AdapterManifest(lora=lora.to_proto(), base_model_fingerprint=base_model_fingerprint)
     parts = []
     for name, array in weights.items():
         tensor = tensors.encode(array)
@@ -44,8 +40,8 @@ async def unpack(
 ) -> AsyncGenerator[tuple[str, np.ndarray], None]:
     """(PEFT name, array) of each tensor as soon as its bytes are there; bfloat16 comes as float32.
 
-    `frames`: ExportAdapterWeightsResponse with chunks. DataLossError when a chunk is damaged or, after the last
-    tensor, when the payload as a whole does not have the manifest's digest.
+    `frames`: messages with chunks, of which it takes as many as the manifest announces. DataLossError when a chunk is
+    damaged or, after the last tensor, when the payload as a whole does not have the manifest's digest.
     """
     try:
         payload.check_layout(manifest)
@@ -65,12 +61,3 @@ async def unpack(
         receiver.finish()
     except payload.PayloadError as error:
         raise DataLossError(str(error), reason="PAYLOAD_DAMAGED") from error
-    finally:
-        await frames.aclose()
-
-
-def _target_module(name: str) -> str:
-    match = _PEFT_NAME.search(name)
-    if match is None:
-        raise ValueError(f"tensor {name!r} does not have a PEFT name, which ends in MODULE.lora_A.weight or lora_B")
-    return match[1]

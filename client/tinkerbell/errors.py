@@ -23,6 +23,20 @@ A service answers with a canonical gRPC status; each has its exception here, and
 `reason` names the cause for programs, in UPPER_SNAKE_CASE, and `metadata` holds the values that the message mentions.
 Both are empty when the status does not come from a Tinkerbell service: a refused connection, an expired deadline.
 
+A call that got no answer (UNAVAILABLE without a reason) has been sent again for as long as `tinkerbell.Retry` allows
+before it raises; an answer with a reason is never asked for twice. These reasons of FAILED_PRECONDITION end a
+`TrainingRun`, since its numbers are not the trainer's any more; `trainer.training_run(adapter_id)` gives a new one at
+the right place:
+
+| reason               | what has happened                                                                            |
+|----------------------|----------------------------------------------------------------------------------------------|
+| OPERATION_UNANSWERED | an operation got no answer to any attempt (raised by the client itself)                      |
+| SEQ_ID_USED          | the number was used before: another run works on the same adapter                            |
+| SEQ_ID_GAP           | the operation waited for one before it, which never came                                     |
+| ADAPTER_RESTORED     | the trainer restarted, and the adapter stands at `metadata["step"]`: repeat what came after  |
+
+REQUEST_ID_REUSED, which this client does not cause, says that two different requests carried one request_id.
+
 Arguments that the client itself can see to be wrong raise ValueError or TypeError, and nothing is sent.
 """
 

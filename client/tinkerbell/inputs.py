@@ -1,7 +1,8 @@
-"""What a caller hands to the services: training data, hyper-parameters, prompts."""
+"""What a caller hands to the services: training data, losses, hyper-parameters, prompts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,13 +13,43 @@ from tinkerbell.v1 import sampler_pb2, trainer_pb2
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, str]]
 """Text; token ids; or chat messages, each {"role": "system" | "user" | "assistant", "content": text}."""
 
+Loss = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "custom"]
+"""A loss over per-token logprobs, as Tinker defines it (https://tinker-docs.thinkingmachines.ai/losses): a sum over
+tokens, so that gradients of two calls add up to the gradient of one call with both batches. With lp the logprob of a
+target token, q its logprob when it was sampled, ratio = exp(lp - q), and clip(ratio) between the two thresholds:
+
+| loss                  | each token's term                                               | inputs of a Datum    |
+|-----------------------|-----------------------------------------------------------------|----------------------|
+| `cross_entropy`       | -weights * lp                                                   | weights, if any      |
+| `importance_sampling` | -ratio * advantages                                             | logprobs, advantages |
+| `ppo`                 | -min(ratio * advantages, clip(ratio) * advantages)              | logprobs, advantages |
+| `cispo`               | -clip(ratio) * lp * advantages, clip(ratio) taken as a constant | logprobs, advantages |
+| `dro`                 | -(lp * advantages - beta / 2 * (lp - q)^2)                      | logprobs, advantages |
+| `custom`              | logprob_gradients * lp, the former taken as constants           | logprob_gradients    |
+
+Only the inputs that a loss takes travel with it.
+"""
+
+_RATIO_INPUTS = ("logprobs", "advantages")
+_REQUIRED_INPUTS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "importance_sampling": _RATIO_INPUTS,
+    "ppo": _RATIO_INPUTS,
+    "cispo": _RATIO_INPUTS,
+    "dro": _RATIO_INPUTS,
+    "custom": ("logprob_gradients",),
+}
+_OPTIONAL_INPUTS: dict[str, tuple[str, ...]] = {"cross_entropy": ("weights",)}
+_FLOAT_INPUTS = ("weights", "logprobs", "advantages", "logprob_gradients")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Datum:
     """One training sequence of N >= 1 tokens.
 
     At position i the model reads tokens[0..i] and is asked for target_tokens[i]. Lists and arrays are both welcome;
-    the fields are arrays. ValueError when the lengths differ or a token id is not an integer.
+    the fields are arrays. `Loss` says which of the others a loss takes. ValueError when the lengths differ or a token
+    id is not an integer.
     """
 
     tokens: ArrayLike
@@ -27,6 +58,12 @@ class Datum:
     """The token to predict at each position; int64 [N]."""
     weights: ArrayLike | None = None
     """Factor of each position's loss; float32 [N]. None means all ones."""
+    logprobs: ArrayLike | None = None
+    """Log-probabilities under which the targets were sampled; float32 [N]."""
+    advantages: ArrayLike | None = None
+    """How much better than expected each target was; float32 [N]. 0 leaves a position out."""
+    logprob_gradients: ArrayLike | None = None
+    """Derivative of your own loss with respect to each logprob; float32 [N]."""
 
     def __post_init__(self):
         tokens = token_array(self.tokens, "tokens", np.int32)
@@ -37,11 +74,14 @@ class Datum:
             raise ValueError(f"{len(tokens)} tokens and {len(targets)} target_tokens: the lengths must be equal")
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "target_tokens", targets)
-        if self.weights is not None:
-            weights = np.asarray(self.weights, dtype=np.float32)
-            if weights.shape != tokens.shape:
-                raise ValueError(f"{len(tokens)} tokens and weights of shape {weights.shape}: give one weight a token")
-            object.__setattr__(self, "weights", weights)
+        for name in _FLOAT_INPUTS:
+            if getattr(self, name) is not None:
+                values = np.asarray(getattr(self, name), dtype=np.float32)
+                if values.shape != tokens.shape:
+                    raise ValueError(
+                        f"{len(tokens)} tokens and {name} of shape {values.shape}: give one number a token"
+                    )
+                object.__setattr__(self, name, values)
 
     @classmethod
     def from_prompt_and_completion(cls, prompt_tokens: ArrayLike, completion_tokens: ArrayLike) -> "Datum":
@@ -64,13 +104,40 @@ class Datum:
         """Number of tokens."""
         return len(np.asarray(self.tokens))
 
-    def to_proto(self) -> trainer_pb2.Datum:
-        """The message for Forward and ForwardBackward."""
+    def to_proto(self, loss: Loss = "cross_entropy") -> trainer_pb2.Datum:
+        """The message for Forward and ForwardBackward. ValueError when an input that the loss takes is absent."""
         datum = trainer_pb2.Datum(tokens=np.asarray(self.tokens).tolist())
         datum.loss_inputs["target_tokens"].CopyFrom(tensors.encode(np.asarray(self.target_tokens)))
-        if self.weights is not None:
-            datum.loss_inputs["weights"].CopyFrom(tensors.encode(np.asarray(self.weights)))
+        for name in _REQUIRED_INPUTS[loss]:
+            if getattr(self, name) is None:
+                raise ValueError(f"{loss} takes {name}, and the datum has none")
+        for name in _REQUIRED_INPUTS[loss] + _OPTIONAL_INPUTS.get(loss, ()):
+            if getattr(self, name) is not None:
+                datum.loss_inputs[name].CopyFrom(tensors.encode(getattr(self, name)))
         return datum
+
+
+def loss_function(loss: Loss) -> trainer_pb2.LossFunction:
+    """The loss on the wire. ValueError when there is none of that name."""
+    if loss not in _REQUIRED_INPUTS:
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(_REQUIRED_INPUTS)}")
+    return getattr(trainer_pb2, f"LOSS_FUNCTION_{loss.upper()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Numbers that a loss takes; the defaults are the service's."""
+
+    clip_low_threshold: float = 0.8
+    """ppo and cispo: clip(ratio) is at least this. Finite, >= 0."""
+    clip_high_threshold: float = 1.2
+    """ppo and cispo: clip(ratio) is at most this. Finite, >= clip_low_threshold."""
+    beta: float = 0.05
+    """dro: finite, >= 0."""
+
+    def to_proto(self) -> trainer_pb2.LossConfig:
+        """The message for Forward and ForwardBackward."""
+        return trainer_pb2.LossConfig(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)

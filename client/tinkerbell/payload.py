@@ -72,15 +72,22 @@ def check_layout(manifest: common_pb2.AdapterManifest) -> None:
 
 def digest_header(manifest: common_pb2.AdapterManifest) -> bytes:
     """The text that the digest covers before the payload."""
-    alpha = struct.pack(">d", manifest.lora.alpha).hex()
+    lora = manifest.lora
+    scaling = "rslora" if lora.use_rslora else "lora"
     lines = [
         "tinkerbell.v1.adapter",
-        f"{manifest.base_model_fingerprint} {manifest.lora.rank} {alpha}",
+        f"{manifest.base_model_fingerprint} {lora.rank} {_exact(lora.alpha)} {scaling}",
+        *(f"rank {path} {rank}" for path, rank in sorted(lora.rank_pattern.items())),
+        *(f"alpha {path} {_exact(alpha)}" for path, alpha in sorted(lora.alpha_pattern.items())),
     ]
     for spec in manifest.tensors:
         shape = ",".join(str(size) for size in spec.shape)
         lines.append(f"{spec.name} {tensors.dtype_name(spec.dtype)} {shape}")
     return ("\n".join(lines) + "\n\n").encode("ascii", errors="backslashreplace")
+
+
+def _exact(number: float) -> str:
+    return struct.pack(">d", number).hex()
 
 
 def digest(manifest: common_pb2.AdapterManifest, payload: bytes | memoryview) -> str:

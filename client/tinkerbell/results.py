@@ -4,11 +4,13 @@ Arrays that came over the wire are read-only; copy one to change it.
 """
 
 import dataclasses
+import datetime
 from typing import Literal
 
 import numpy as np
 
 from tinkerbell.inputs import AdamParams
+from tinkerbell.lora import LoraConfig
 
 FinishReason = Literal["stop", "length"]
 """stop: an end-of-sequence token or a stop string. length: max_tokens, or the end of the model's context."""
@@ -51,6 +53,26 @@ class LoadProgress:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parallelism:
+    """Numbers of ranks: world_size = tensor * pipeline * data."""
+
+    world_size: int
+    """Processes that hold the model together."""
+    tensor: int
+    """Ranks that share every layer."""
+    pipeline: int
+    """Stages, each with its own layers."""
+    data: int
+    """Copies of the model, each with its own part of a batch."""
+    sequence_parallel: bool
+    """Whether ranks that share a layer also share the tokens between its parts."""
+
+    def __str__(self) -> str:
+        sequence = ", sequence parallel" if self.sequence_parallel else ""
+        return f"{self.world_size} = tensor {self.tensor} * pipeline {self.pipeline} * data {self.data}{sequence}"
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainerInfo:
     """The trainer."""
 
@@ -58,12 +80,18 @@ class TrainerInfo:
     """None until a base model is loaded."""
     device: str
     """cpu or cuda."""
-    world_size: int
-    """Processes that hold the model together."""
+    parallelism: Parallelism
+    """Processes that hold the model together, and how they share it."""
     versions: dict[str, str]
     """Versions of the parts that decide the numbers, by package name."""
     num_adapters: int
-    """Adapters resident now."""
+    """Adapters that exist."""
+    num_resident_adapters: int
+    """How many of them are in the device's memory at this moment."""
+    max_adapters: int
+    """Most adapters that can exist."""
+    max_resident_adapters: int
+    """Most that the device's memory holds; the least recently used of the others wait in host memory."""
     max_rank: int
     """Largest rank of an adapter."""
     max_batch_tokens: int
@@ -98,16 +126,12 @@ class SamplerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter that is resident in the trainer."""
+    """An adapter of the trainer."""
 
     adapter_id: str
     """Its name."""
-    rank: int
-    """Rows of A and columns of B."""
-    alpha: float
-    """Numerator of the scale alpha / rank."""
-    target_modules: tuple[str, ...]
-    """The linear layers that are adapted."""
+    lora: LoraConfig
+    """Its shape."""
     seed: int
     """Seed of A's initial values."""
     num_parameters: int
@@ -118,6 +142,8 @@ class LoraAdapter:
     """Last published version; 0 before the first."""
     next_seq_id: int
     """Number of the adapter's next operation."""
+    resident: bool
+    """Whether it is in the device's memory at this moment. One that is not comes back when it is used."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,17 +153,22 @@ class ForwardResult:
     logprobs: list[np.ndarray]
     """One per datum, in the order given: float32 [N], log p(target_tokens[i] | tokens[0..i]) at temperature 1."""
     metrics: dict[str, float]
-    """Named "loss:sum", "weights:sum", "loss:mean" (the quotient of the two) and "tokens:sum"."""
+    """"loss:sum" and "tokens:sum"; for cross_entropy "weights:sum" and, if that is not 0, "loss:mean" (their quotient);
+    for losses with a ratio its "ratio:mean" over positions whose advantage is not 0, and for ppo and cispo the share
+    "clipped:mean" of them whose ratio was clipped."""
 
     @property
     def loss(self) -> float:
-        """The weighted mean over tokens, "loss:mean"."""
-        return self.metrics["loss:mean"]
+        """For cross_entropy the weighted mean over tokens, "loss:mean"; for other losses the sum, "loss:sum"."""
+        return self.metrics["loss:mean" if "loss:mean" in self.metrics else "loss:sum"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForwardBackwardResult(ForwardResult):
-    """Per-token logprobs and the loss; the gradient stays in the trainer."""
+    """Per-token logprobs and the loss; the gradient stays in the trainer.
+
+    "loss:sum" of `forward_backward_custom` is the loss that the function returned.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +229,44 @@ class OptimizerState:
     """One per tensor; empty in a list of all optimizers."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExportedOptimizer:
+    """One adapter's AdamW with its moments."""
+
+    state: OptimizerState
+    """What they belong to."""
+    exp_avg: dict[str, np.ndarray]
+    """First moments by the PEFT names of the weights; float32, read-only."""
+    exp_avg_sq: dict[str, np.ndarray]
+    """Second moments, likewise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An adapter with its optimizer, on the trainer's disk."""
+
+    checkpoint_id: str
+    """ADAPTER/NAME."""
+    adapter_id: str
+    """The adapter that was saved."""
+    lora: LoraConfig
+    """Its shape."""
+    step: int
+    """Optimizer steps in it."""
+    seq_id: int
+    """The last operation in it, by number."""
+    created_at: datetime.datetime
+    """When it was saved, UTC."""
+    expires_at: datetime.datetime | None
+    """When it may be deleted, likewise; None for never."""
+    size_bytes: int
+    """Bytes on disk."""
+    path: str
+    """The folder on the trainer's host, which peft's from_pretrained reads as it is."""
+    base_model_fingerprint: str
+    """Fingerprint of the base model that it belongs to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterVersion:
     """One immutable version of an adapter."""
@@ -218,12 +287,8 @@ class LiveVersion:
     """Its number."""
     digest: str
     """Its digest."""
-    rank: int
-    """Rows of A and columns of B."""
-    alpha: float
-    """Numerator of the scale alpha / rank."""
-    target_modules: tuple[str, ...]
-    """The linear layers that are adapted."""
+    lora: LoraConfig
+    """Its shape."""
     size_bytes: int
     """Bytes of its payload."""
     active_requests: int

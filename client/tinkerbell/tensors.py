@@ -1,6 +1,7 @@
 """numpy arrays to and from `tinkerbell.v1.Tensor`.
 
-numpy has no bfloat16: a bfloat16 tensor arrives as the float32 array of the same values, which is exact.
+numpy has no bfloat16: a bfloat16 tensor arrives as the float32 array of the same values, which is exact, and leaves as
+the uint16 array of its bits.
 """
 
 import math
@@ -76,3 +77,13 @@ def decode_bytes(data: bytes | memoryview, dtype: common_pb2.DataType, shape) ->
     if dtype == common_pb2.DATA_TYPE_BFLOAT16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array
+
+
+def rounded(array: np.ndarray, dtype: common_pb2.DataType) -> np.ndarray:
+    """float32 rounded to a float type, to nearest, ties to even; bfloat16 as the uint16 array of its bits."""
+    if dtype == common_pb2.DATA_TYPE_BFLOAT16:
+        bits = array.view(np.uint32)
+        nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+        # Rounding could carry a NaN over into infinity or zero.
+        return np.where(np.isnan(array), bits >> 16 | 0x40, nearest).astype("<u2")
+    return array.astype(_STORAGE[dtype])

@@ -16,7 +16,6 @@ from processes import READY_SECONDS, ROOT, ServiceProcess, health, wait_ready
 
 from tinkerbell import Datum, SamplerClient, TrainerClient
 from tinkerbell.local import free_address
-from tinkerbell.v1 import common_pb2
 
 pytestmark = pytest.mark.engine
 
@@ -48,7 +47,7 @@ def test_up_trains_and_samples_alike_and_ctrl_c_leaves_nothing_behind(up, smollm
     tokens = transformers.AutoTokenizer.from_pretrained(smollm2)(TEXT).input_ids
     datum = Datum(tokens[:-1], tokens[1:])
     with TrainerClient(trainer_process.address) as trainer, SamplerClient(sampler_process.address) as sampler:
-        assert sampler.get_backend_info().base_model.dtype == common_pb2.DATA_TYPE_BFLOAT16
+        assert sampler.get_backend_info().base_model.dtype == "bfloat16"
         run = trainer.create_lora_adapter("alice", rank=8)
         for _ in range(5):
             run.forward_backward([datum])

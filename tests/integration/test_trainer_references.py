@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from engine_calls import arena_of, forward_backward, metrics, random_datum
 from processes import made_model
 
 from service_common import checkpoint
@@ -21,8 +22,6 @@ from tinkerbell.v1 import common_pb2
 from trainer_service.adamw import AdamParams
 from trainer_service.batch import Datum
 from trainer_service.engine import Engine, Limits
-from trainer_service.lora.routing import Segment
-from trainer_service.losses import Loss
 
 pytestmark = pytest.mark.engine
 
@@ -45,14 +44,7 @@ class Trainee:
 
     def batch(self, seed: int) -> list[Datum]:
         rng = np.random.default_rng(seed)
-        return [
-            Datum(
-                tokens=rng.integers(0, self.vocab_size, length),
-                target_tokens=rng.integers(0, self.vocab_size, length),
-                weights=rng.uniform(0, 2, length).astype(np.float32),
-            )
-            for length in LENGTHS
-        ]
+        return [random_datum(rng, length, self.vocab_size) for length in LENGTHS]
 
     def weights(self, adapter_id: str) -> dict[str, torch.Tensor]:
         """The adapter as the export sends it."""
@@ -67,8 +59,18 @@ class Trainee:
         }
 
     def gradients(self, adapter_id: str) -> dict[str, torch.Tensor]:
-        (adapter,) = (a for a in self.engine.list_adapters() if a.adapter_id == adapter_id)
-        return {name: adapter.arena.view(adapter.arena.gradients, name).clone() for name in adapter.arena.names}
+        arena = arena_of(self.engine, adapter_id)
+        return {name: arena.view(arena.gradients, name).clone() for name in arena.names}
+
+    def logits(self, batch: list[Datum], adapter_id: str = "") -> torch.Tensor:
+        arena = arena_of(self.engine, adapter_id) if adapter_id else None
+        assert self.engine._model is not None
+        with torch.no_grad():
+            from trainer_service.megatron.model import PackedSequence  # noqa: PLC0415  (after the engine has loaded)
+
+            return self.engine._model.logits(
+                [PackedSequence(arena, datum.tokens, datum.target_tokens) for datum in batch]
+            )
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -97,7 +99,7 @@ def reference_loss(model, batch: list[Datum]) -> torch.Tensor:
     for datum in batch:
         logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
         logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(datum.target_tokens)[:, None])[:, 0]
-        total = total - (logprobs * torch.from_numpy(datum.weights).to(logprobs.dtype)).sum()
+        total = total - (logprobs * torch.from_numpy(datum.inputs["weights"]).to(logprobs.dtype)).sum()
     return total
 
 
@@ -109,16 +111,14 @@ def create(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES, learning_r
     """An adapter that changes the model from the start: one step has moved B away from zero."""
     config = common_pb2.LoraConfig(rank=RANK, alpha=ALPHA, target_modules=modules)
     trainee.engine.create_adapter(adapter_id, config, seed=7)
-    trainee.engine.forward_backward(adapter_id, trainee.batch(99), Loss.CROSS_ENTROPY)
+    forward_backward(trainee.engine, adapter_id, trainee.batch(99))
     trainee.engine.optim_step(adapter_id, AdamParams(learning_rate=learning_rate))
 
 
 def test_base_logits_equal_hugging_face(trainee: Trainee) -> None:
     batch = trainee.batch(1)
-    model = trainee.engine._model
-    assert model is not None
+    packed = trainee.logits(batch)
     with torch.no_grad():
-        packed = model.logits([Segment(None, sum(LENGTHS))], [datum.tokens for datum in batch])
         reference = trainee.reference()
         for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
             theirs = reference(torch.from_numpy(datum.tokens)[None]).logits[0]
@@ -128,9 +128,8 @@ def test_base_logits_equal_hugging_face(trainee: Trainee) -> None:
 def test_export_gives_the_same_logits_in_peft_and_not_the_base_models(trainee: Trainee) -> None:
     create(trainee, "exported")
     batch = trainee.batch(2)
-    (adapter,) = (a for a in trainee.engine.list_adapters() if a.adapter_id == "exported")
+    packed = trainee.logits(batch, "exported")
     with torch.no_grad():
-        packed = trainee.engine._model.logits([Segment(adapter.arena, sum(LENGTHS))], [datum.tokens for datum in batch])
         reference = adapted_reference(trainee, "exported")
         for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
             tokens = torch.from_numpy(datum.tokens)[None]
@@ -146,9 +145,9 @@ def test_gradients_of_every_module_equal_pefts(trainee: Trainee, modules) -> Non
     reference = adapted_reference(trainee, "graded", modules)
     batches = [trainee.batch(3), trainee.batch(4)]  # accumulated over two calls
     for batch in batches:
-        ours = trainee.engine.forward_backward("graded", batch, Loss.CROSS_ENTROPY)
+        ours = metrics(forward_backward(trainee.engine, "graded", batch))
         theirs = reference_loss(reference, batch)
-        assert ours.metrics["loss:sum"] == pytest.approx(theirs.item(), rel=TOLERANCE)
+        assert ours["loss:sum"] == pytest.approx(theirs.item(), rel=TOLERANCE)
         theirs.backward()
     expected = {
         name.replace(".default", ""): parameter.grad
@@ -170,13 +169,13 @@ def stepped(trainee: Trainee, eps: float) -> tuple[peft.PeftModel, dict[str, tor
     create(trainee, "stepped", learning_rate=1e-3)  # a larger step leaves SmolLM2 where ten more are chaotic
     reference = adapted_reference(trainee, "stepped")
     # As create's step left it, so that both continue from the same moments.
-    (adapter,) = (a for a in trainee.engine.list_adapters() if a.adapter_id == "stepped")
+    adapter = trainee.engine._adapters["stepped"]
     adapter.arena.exp_avg.zero_()
     adapter.arena.exp_avg_sq.zero_()
     adapter.step = 0
     params = AdamParams(learning_rate=1e-4, beta2=0.99, eps=eps, weight_decay=0.1, grad_clip_norm=5.0)
     for step in range(STEPS):
-        trainee.engine.forward_backward("stepped", trainee.batch(10 + step), Loss.CROSS_ENTROPY)
+        forward_backward(trainee.engine, "stepped", trainee.batch(10 + step))
         assert trainee.engine.optim_step("stepped", params).step == step + 1
     ours = trainee.weights("stepped")
     trainee.engine.remove_adapter("stepped")

@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import grpc
 import numpy as np
 
 from service_common import errors
 from service_common.rpc import Server
 from tinkerbell import adapter, payload, tensors
 from tinkerbell.local import free_address
+from tinkerbell.lora import LoraConfig
 from tinkerbell.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc, trainer_pb2, trainer_pb2_grpc
 
 FINGERPRINT = "f" * 64
@@ -24,20 +27,43 @@ WEIGHTS = {
     for layer in range(40)
     for half, shape in (("A", (8, 700)), ("B", (900, 8)))
 }
+LORA = LoraConfig.of_weights(WEIGHTS, 8, 16.0)
 
 
 class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
-    """Remembers what it is asked; answers with what it was asked."""
+    """Remembers what it is asked; answers with what it was asked, and a repeated request with its first answer."""
 
     def __init__(self):
         self.adapters: dict[str, trainer_pb2.LoraAdapter] = {}
-        self.requests: list = []
+        self.weights, self.lora, self.fingerprint = WEIGHTS, LORA, FINGERPRINT
+        self.imported: dict[str, tuple[common_pb2.AdapterManifest, bytes]] = {}
+        self.checkpoints: dict[str, trainer_pb2.Checkpoint] = {}
+        self.requests: list = []  # operations that were done, once each
+        self.attempts: list = []  # mutations as they arrived
+        self.answers: dict[str, Any] = {}
+        self.lost_answers = 0
+        self.refusal: errors.ServiceError | None = None
         self.damage: str | None = None
         self.gate = threading.Event()
         self.gate.set()
 
     def seq_ids(self) -> list[int]:
         return [request.seq_id for request in self.requests]
+
+    async def _mutate(self, request, context, work: Callable[[], Any]) -> Any:
+        """Does the work once a request_id, and loses the answer when it is told to."""
+        assert len(request.request_id) == 32, request
+        self.attempts.append(request)
+        if self.refusal:
+            raise self.refusal
+        if request.request_id not in self.answers:
+            if hasattr(request, "seq_id"):
+                self.requests.append(request)
+            self.answers[request.request_id] = work()
+        if self.lost_answers:
+            self.lost_answers -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        return self.answers[request.request_id]
 
     async def InitializeBaseModel(self, request, context):
         stages = trainer_pb2.InitializeBaseModelResponse.Stage
@@ -46,66 +72,147 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def GetBackendInfo(self, request, context):
         return trainer_pb2.TrainerServiceGetBackendInfoResponse(
-            base_model=BASE_MODEL, device="cpu", versions={"torch": "2.11.0"}, max_rank=64, target_modules=["q_proj"]
+            base_model=BASE_MODEL,
+            device="cpu",
+            parallelism=trainer_pb2.Parallelism(world_size=8, tensor=2, pipeline=2, data=2, sequence_parallel=True),
+            versions={"torch": "2.11.0"},
+            num_adapters=9,
+            num_resident_adapters=3,
+            max_adapters=1000,
+            max_resident_adapters=4,
+            max_rank=64,
+            target_modules=["q_proj"],
         )
 
     async def CreateLoraAdapter(self, request, context):
-        if request.adapter_id in self.adapters:
-            raise errors.already_exists(
-                "ADAPTER_EXISTS", f"adapter {request.adapter_id!r} exists", adapter_id=request.adapter_id
-            )
-        made = trainer_pb2.LoraAdapter(adapter_id=request.adapter_id, lora=request.lora, next_seq_id=1)
-        self.adapters[request.adapter_id] = made
-        return trainer_pb2.CreateLoraAdapterResponse(adapter=made)
+        def create():
+            if request.adapter_id in self.adapters:
+                raise errors.already_exists(
+                    "ADAPTER_EXISTS", f"adapter {request.adapter_id!r} exists", adapter_id=request.adapter_id
+                )
+            made = trainer_pb2.LoraAdapter(adapter_id=request.adapter_id, lora=request.lora, next_seq_id=1)
+            self.adapters[request.adapter_id] = made
+            return trainer_pb2.CreateLoraAdapterResponse(adapter=made)
+
+        return await self._mutate(request, context, create)
 
     async def ListLoraAdapters(self, request, context):
         return trainer_pb2.ListLoraAdaptersResponse(adapters=self.adapters.values())
 
     async def RemoveLoraAdapter(self, request, context):
-        if self.adapters.pop(request.adapter_id, None) is None:
-            raise errors.not_found("ADAPTER_NOT_FOUND", "no such adapter", adapter_id=request.adapter_id)
-        return trainer_pb2.RemoveLoraAdapterResponse()
+        def remove():
+            if self.adapters.pop(request.adapter_id, None) is None:
+                raise errors.not_found("ADAPTER_NOT_FOUND", "no such adapter", adapter_id=request.adapter_id)
+            return trainer_pb2.RemoveLoraAdapterResponse()
+
+        return await self._mutate(request, context, remove)
+
+    async def ImportAdapterWeights(self, request_iterator, context):
+        begin = (await anext(request_iterator)).begin
+        if begin.request_id not in self.answers and not self.refusal:
+            content = bytearray(begin.manifest.size_bytes)
+            receiver = payload.Receiver(begin.manifest, content)
+            async for frame in request_iterator:
+                if frame.HasField("commit"):
+                    receiver.finish()
+                    break
+                receiver.add(frame.chunk)
+            else:
+                return None
+
+        def install():
+            self.imported[begin.adapter_id] = begin.manifest, bytes(content)
+            made = trainer_pb2.LoraAdapter(
+                adapter_id=begin.adapter_id, lora=begin.manifest.lora, next_seq_id=begin.seq_id + 1
+            )
+            self.adapters[begin.adapter_id] = made
+            return trainer_pb2.ImportAdapterWeightsResponse(adapter=made)
+
+        return await self._mutate(begin, context, install)
 
     async def Forward(self, request, context):
-        self.requests.append(request)
-        return trainer_pb2.ForwardResponse(outputs=_outputs(request), metrics={"loss:mean": 1.5})
+        answer = trainer_pb2.ForwardResponse(outputs=_outputs(request), metrics={"loss:mean": 1.5})
+        return await self._mutate(request, context, lambda: answer)
 
     async def ForwardBackward(self, request, context):
-        self.requests.append(request)
+        answer = trainer_pb2.ForwardBackwardResponse(outputs=_outputs(request), metrics={"loss:sum": 2.5})
+        answer = await self._mutate(request, context, lambda: answer)
         await asyncio.to_thread(self.gate.wait)
-        return trainer_pb2.ForwardBackwardResponse(outputs=_outputs(request), metrics={"loss:mean": 2.5})
+        return answer
 
     async def OptimStep(self, request, context):
-        self.requests.append(request)
         if request.adam.learning_rate < 0:
             raise errors.invalid_argument("LEARNING_RATE_OUT_OF_RANGE", "negative", field="adam.learning_rate")
-        return trainer_pb2.OptimStepResponse(step=request.seq_id, grad_norm=request.adam.grad_clip_norm)
+        answer = trainer_pb2.OptimStepResponse(step=request.seq_id, grad_norm=request.adam.grad_clip_norm)
+        return await self._mutate(request, context, lambda: answer)
 
     async def GetOptimizerState(self, request, context):
-        adam = trainer_pb2.AdamParams(learning_rate=0.5, beta1=0.1)
-        state = trainer_pb2.OptimizerState(adapter_id=request.adapter_id, step=3, last_adam=adam)
-        return trainer_pb2.GetOptimizerStateResponse(state=state)
+        return trainer_pb2.GetOptimizerStateResponse(state=_optimizer_state(request.adapter_id))
 
     async def ListOptimizerStates(self, request, context):
         states = [trainer_pb2.OptimizerState(adapter_id=name) for name in self.adapters]
         return trainer_pb2.ListOptimizerStatesResponse(states=states)
 
+    async def ExportOptimizerState(self, request, context):
+        self.requests.append(request)
+        yield trainer_pb2.ExportOptimizerStateResponse(state=_optimizer_state(request.adapter_id))
+        for field, factor in (("first_moment", 2), ("second_moment", 3)):
+            moments = {name: factor * array for name, array in self.weights.items()}
+            manifest, whole = adapter.pack(moments, self.lora, self.fingerprint)
+            yield trainer_pb2.ExportOptimizerStateResponse(**{field: manifest})
+            for chunk in payload.chunks(whole):
+                chunk.crc32 ^= self.damage == "bit"
+                yield trainer_pb2.ExportOptimizerStateResponse(chunk=chunk)
+
     async def ExportAdapterWeights(self, request, context):
         self.requests.append(request)
-        manifest, whole = adapter.pack(WEIGHTS, 8, 16.0, FINGERPRINT)
+        manifest, whole = adapter.pack(self.weights, self.lora, self.fingerprint)
         if self.damage == "digest":
             manifest.digest = "0" * 64
         yield trainer_pb2.ExportAdapterWeightsResponse(manifest=manifest)
         for chunk in payload.chunks(whole):
             if self.damage == "cut" and chunk.offset:
                 return
-            if self.damage == "bit":
-                chunk.crc32 ^= 1
+            chunk.crc32 ^= self.damage == "bit"
             yield trainer_pb2.ExportAdapterWeightsResponse(chunk=chunk)
 
     async def SyncAdapter(self, request, context):
-        self.requests.append(request)
-        return trainer_pb2.SyncAdapterResponse(version=7, digest="d", transport="TRANSPORT_GRPC", sent_bytes=10)
+        answer = trainer_pb2.SyncAdapterResponse(version=7, digest="d", transport="TRANSPORT_GRPC", sent_bytes=10)
+        return await self._mutate(request, context, lambda: answer)
+
+    async def SaveCheckpoint(self, request, context):
+        def save():
+            saved = trainer_pb2.Checkpoint(
+                checkpoint_id=f"{request.adapter_id}/{request.name or 'step-3'}",
+                adapter_id=request.adapter_id,
+                lora=self.lora.to_proto(),
+                step=3,
+                seq_id=request.seq_id,
+                created_at=1.5e9,
+                expires_at=request.ttl_seconds and 1.5e9 + request.ttl_seconds,
+                size_bytes=2_500_000,
+            )
+            self.checkpoints[saved.checkpoint_id] = saved
+            return trainer_pb2.SaveCheckpointResponse(checkpoint=saved)
+
+        return await self._mutate(request, context, save)
+
+    async def LoadCheckpoint(self, request, context):
+        adapter_id = self.checkpoints[request.checkpoint_id].adapter_id
+        loaded = trainer_pb2.LoraAdapter(adapter_id=adapter_id, step=3, next_seq_id=request.seq_id + 1, resident=True)
+        return await self._mutate(request, context, lambda: trainer_pb2.LoadCheckpointResponse(adapter=loaded))
+
+    async def ListCheckpoints(self, request, context):
+        known = [one for one in self.checkpoints.values() if request.adapter_id in {"", one.adapter_id}]
+        return trainer_pb2.ListCheckpointsResponse(checkpoints=known)
+
+    async def DeleteCheckpoint(self, request, context):
+        def delete():
+            if self.checkpoints.pop(request.checkpoint_id, None) is None:
+                raise errors.not_found("CHECKPOINT_NOT_FOUND", "no such checkpoint")
+            return trainer_pb2.DeleteCheckpointResponse()
+
+        return await self._mutate(request, context, delete)
 
 
 class FakeSampler(sampler_pb2_grpc.SamplerServiceServicer):
@@ -248,3 +355,8 @@ def _outputs(request) -> list[trainer_pb2.DatumOutput]:
         trainer_pb2.DatumOutput(logprobs=tensors.encode(-np.arange(len(datum.tokens), dtype=np.float32)))
         for datum in request.data
     ]
+
+
+def _optimizer_state(adapter_id: str) -> trainer_pb2.OptimizerState:
+    adam = trainer_pb2.AdamParams(learning_rate=0.5, beta1=0.1)
+    return trainer_pb2.OptimizerState(adapter_id=adapter_id, step=3, last_adam=adam)

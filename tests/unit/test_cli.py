@@ -1,3 +1,4 @@
+import datetime
 import os
 import signal
 import subprocess
@@ -170,7 +171,8 @@ def test_up_fails_with_the_log_of_the_service_that_died(service_modules):
 def test_info(fakes):
     result = CliRunner().invoke(app, ["info", "--trainer", fakes.trainer_address, "--sampler", fakes.sampler_address])
     assert result.exit_code == 0, result.output
-    for shown in ("trainer", "sampler", "LlamaForCausalLM", "bfloat16", "vllm 0.26.0", "torch 2.11.0"):
+    parallelism = "8 = tensor 2 * pipeline 2 * data 2"
+    for shown in ("trainer", "sampler", "LlamaForCausalLM", "bfloat16", "vllm 0.26.0", "torch 2.11.0", parallelism):
         assert shown in result.output
 
 
@@ -197,6 +199,21 @@ def test_adapters_joins_both_views(fakes):
         ["both", "8", "16", "0", "", "5", "0"],
         ["sampled-only", "8", "32", "", "", "2", "0"],
     ]
+
+
+def test_checkpoints_of_one_adapter_or_of_all(fakes):
+    with TrainerClient(fakes.trainer_address) as trainer:
+        for adapter_id in ("saved-a", "saved-b"):
+            trainer.create_lora_adapter(adapter_id).save_checkpoint(ttl_seconds=86400).result()
+    address = ["--trainer", fakes.trainer_address]
+    rows = [CliRunner().invoke(app, ["checkpoints", *chosen, *address]).output for chosen in ([], ["saved-b"])]
+    saved, expires = (f"{datetime.datetime.fromtimestamp(1.5e9 + later):%Y-%m-%d %H:%M}" for later in (0, 86400))
+    for adapter_id, shown in (("saved-a", rows[:1]), ("saved-b", rows)):
+        for output in shown:
+            line = next(line for line in output.splitlines() if adapter_id in line)
+            cells = [cell.strip() for cell in line.split("│")[1:-1]]
+            assert cells == [f"{adapter_id}/step-3", "8", "3", "2.5 MB", saved, expires]
+    assert "saved-a" not in rows[1]
 
 
 def test_sample_streams_the_text(fakes):

@@ -56,7 +56,10 @@ def test_datum_becomes_the_message_of_the_contract():
     ("fields", "complaint"),
     [
         (dict(tokens=[1, 2], target_tokens=[2]), "2 tokens and 1 target_tokens"),
-        (dict(tokens=[1, 2], target_tokens=[2, 3], weights=[1]), r"2 tokens and weights of shape \(1,\)"),
+        *(
+            ({"tokens": [1, 2], "target_tokens": [2, 3], name: [1]}, rf"2 tokens and {name} of shape \(1,\)")
+            for name in ("weights", "logprobs", "advantages", "logprob_gradients")
+        ),
         (dict(tokens=[], target_tokens=[]), "at least one token"),
         (dict(tokens=[1.5], target_tokens=[2]), "tokens has dtype float64"),
         (dict(tokens=[2**40], target_tokens=[2]), "do not fit int32"),

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from client_fakes import FINGERPRINT, WEIGHTS, Fakes
+from client_fakes import FINGERPRINT, LORA, WEIGHTS, Fakes
 
 import tinkerbell
 from tinkerbell import SamplerClient, SamplingParams, adapter, push
@@ -107,12 +107,12 @@ def test_refused_pushes_are_typed(sampler):
     assert caught.value.metadata == {"version": "1"}
     with pytest.raises(tinkerbell.FailedPreconditionError):
         sampler.push_adapter("alice", 2, WEIGHTS, rank=8, alpha=16, base_model_fingerprint="0" * 64)
-    with pytest.raises(ValueError, match=r"'up_proj\.lora_A' does not have a PEFT name"):
+    with pytest.raises(ValueError, match=r"'up_proj\.lora_A' is not base_model\.model\.PATH"):
         sampler.push_adapter("alice", 2, {"up_proj.lora_A": np.ones((8, 4), np.float32)}, rank=8, alpha=16)
 
 
 async def test_push_with_a_damaged_payload_leaves_nothing(fakes):
-    manifest, payload = adapter.pack(WEIGHTS, 8, 16.0, FINGERPRINT)
+    manifest, payload = adapter.pack(WEIGHTS, LORA, FINGERPRINT)
     begin = sampler_pb2.PushBegin(adapter_id="alice", version=1, manifest=manifest)
     async with tinkerbell.AsyncSamplerClient(fakes.sampler_address) as client:
         stub = sampler_pb2_grpc.SamplerServiceStub(client._connection.channel)

@@ -1,4 +1,5 @@
 import concurrent.futures
+import datetime
 import threading
 import time
 
@@ -175,6 +176,53 @@ def test_abandoned_export_still_uses_its_number(fakes, run):
     run.export_adapter_weights()
     run.optim_step().result()
     assert sorted(fakes.trainer.seq_ids()) == [1, 2]
+
+
+def test_optimizer_is_exported_with_its_moments(fakes, trainer, run):
+    ours = run.export_optimizer_state()
+    assert (ours.state.step, ours.state.last_adam.learning_rate) == (3, 0.5)
+    for moments, factor in ((ours.exp_avg, 2), (ours.exp_avg_sq, 3)):
+        assert list(moments) == list(WEIGHTS)
+        for name, array in moments.items():
+            np.testing.assert_array_equal(array, factor * WEIGHTS[name])
+    trainer.export_optimizer_state("alice")
+    assert fakes.trainer.seq_ids() == [1, 0]
+    fakes.trainer.damage = "bit"
+    with pytest.raises(tinkerbell.DataLossError):
+        run.export_optimizer_state()
+
+
+def test_checkpoints_are_saved_loaded_listed_and_deleted(fakes, trainer, run):
+    named, by_step = run.save_checkpoint("first", ttl_seconds=60), run.save_checkpoint()
+    run.load_checkpoint("alice/first", fresh_optimizer=True)
+    assert run.load_checkpoint("alice/first").result().resident
+    assert named.result().expires_at == named.result().created_at + datetime.timedelta(minutes=1)
+    assert named.result().created_at.utcoffset() == datetime.timedelta(0)
+    assert by_step.result().expires_at is None
+    assert by_step.result().lora.rank == 8
+    assert trainer.list_checkpoints() == trainer.list_checkpoints("alice")
+    assert {known.checkpoint_id for known in trainer.list_checkpoints()} == {"alice/first", "alice/step-3"}
+    assert trainer.list_checkpoints("bob") == []
+    trainer.delete_checkpoint("alice/first")
+    assert trainer.list_checkpoints() == [by_step.result()]
+    with pytest.raises(tinkerbell.NotFoundError):
+        trainer.delete_checkpoint("alice/first")
+    by_number = {request.seq_id: request for request in fakes.trainer.requests}
+    assert sorted(by_number) == [1, 2, 3, 4]
+    assert [by_number[number].fresh_optimizer for number in (3, 4)] == [True, False]
+
+
+def test_adapter_is_made_fresh_or_of_a_checkpoint(fakes, trainer):
+    trainer.create_lora_adapter("fresh", use_rslora=True, target_modules=["q_proj"])
+    trainer.create_lora_adapter("copy", from_checkpoint="fresh/best", fresh_optimizer=True)
+    fresh, copy = fakes.trainer.attempts
+    assert (fresh.lora.rank, fresh.lora.use_rslora, fresh.from_checkpoint) == (32, True, "")
+    assert not fresh.lora.HasField("alpha")
+    assert (copy.from_checkpoint, copy.fresh_optimizer) == ("fresh/best", True)
+    assert not copy.HasField("lora")
+    for shape in ({"rank": 8}, {"alpha": 1}, {"target_modules": []}, {"seed": 1}, {"use_rslora": True}):
+        with pytest.raises(ValueError, match="leave the other arguments out"):
+            trainer.create_lora_adapter("copy", from_checkpoint="fresh/best", **shape)
 
 
 @pytest.mark.parametrize("damage", ["digest", "bit", "cut"])

@@ -27,7 +27,7 @@ CONTENT = np.arange(16, dtype=np.float32).tobytes()
 def test_digest_is_what_the_proto_file_says() -> None:
     header = (
         "tinkerbell.v1.adapter\n"
-        f"base 2 {struct.pack('>d', 4.0).hex()}\n"
+        f"base 2 {struct.pack('>d', 4.0).hex()} lora\n"
         "x.lora_A.weight float32 2,3\n"
         "x.lora_B.weight float32 5,2\n"
         "\n"
@@ -35,7 +35,26 @@ def test_digest_is_what_the_proto_file_says() -> None:
     assert manifest_of(CONTENT).digest == hashlib.sha256(header.encode() + CONTENT).hexdigest()
 
 
-@pytest.mark.parametrize("change", ["rank", "alpha", "name", "base"])
+def test_header_of_an_adapter_with_patterns_is_this_very_text() -> None:
+    manifest = manifest_of(CONTENT)
+    manifest.lora.use_rslora = True
+    manifest.lora.rank_pattern.update({"model.layers.10.q_proj": 3, "model.layers.2.q_proj": 1})
+    manifest.lora.alpha_pattern.update({"b": 0.1, "a": 2.0})
+    assert payload.digest_header(manifest).decode() == (
+        "tinkerbell.v1.adapter\n"
+        "base 2 4010000000000000 rslora\n"
+        "rank model.layers.10.q_proj 3\n"
+        "rank model.layers.2.q_proj 1\n"
+        "alpha a 4000000000000000\n"
+        "alpha b 3fb999999999999a\n"
+        "x.lora_A.weight float32 2,3\n"
+        "x.lora_B.weight float32 5,2\n"
+        "\n"
+    )
+    assert payload.digest(manifest, CONTENT) == "ba0d5e924d778f65d1618264631b42ac99ce1cbfa39588e9f483dedd0256d04f"
+
+
+@pytest.mark.parametrize("change", ["rank", "alpha", "scaling", "rank_pattern", "alpha_pattern", "name", "base"])
 def test_digest_covers_more_than_the_bytes(change: str) -> None:
     manifest = manifest_of(CONTENT)
     before = manifest.digest
@@ -43,6 +62,12 @@ def test_digest_covers_more_than_the_bytes(change: str) -> None:
         manifest.lora.rank = 3
     elif change == "alpha":
         manifest.lora.alpha = 5.0
+    elif change == "scaling":
+        manifest.lora.use_rslora = True
+    elif change == "rank_pattern":
+        manifest.lora.rank_pattern["x"] = 2
+    elif change == "alpha_pattern":
+        manifest.lora.alpha_pattern["x"] = 4.0
     elif change == "name":
         manifest.tensors[0].name = "y"
     else:

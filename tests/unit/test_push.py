@@ -80,7 +80,7 @@ def checkpoint(tmp_path_factory) -> Checkpoint:
 
 def adapter(checkpoint: Checkpoint, seed: int) -> tuple[common_pb2.AdapterManifest, bytes]:
     lora = common_pb2.LoraConfig(rank=2, alpha=4, target_modules=TARGET_MODULES)
-    shapes = tensor_shapes(checkpoint, 2, TARGET_MODULES)
+    shapes = tensor_shapes(checkpoint, common_pb2.LoraConfig(rank=2, alpha=1.0, target_modules=TARGET_MODULES))
     manifest = payload.build_manifest(lora, shapes, common_pb2.DATA_TYPE_BFLOAT16, checkpoint.fingerprint)
     data = random.Random(seed).randbytes(manifest.size_bytes)
     manifest.digest = payload.digest(manifest, data)

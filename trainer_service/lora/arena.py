@@ -1,14 +1,19 @@
-"""The memory of one adapter: four flat float32 buffers and named views into them.
+"""The memory of one adapter on one rank: four flat float32 buffers and named views into them.
 
-Flat, because most of what is done to an adapter is done to all of it: one AdamW call, one norm, one clearing, and later
-one all-reduce or one copy to spill.
+Flat, because most of what is done to an adapter is done to all of it: one AdamW call, one norm, one clearing, one
+all-reduce, one copy to host memory and back.
+
+Of a layer that ranks share by output features (q, k, v, gate, up) each rank holds its rows of B and all of A; of one
+that they share by input features (o, down) its columns of A and all of B. So any rank works with any number of ranks,
+and what is sent between ranks is as narrow as the adapter's rank.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from service_common import lora
@@ -24,6 +29,15 @@ FUSED_MODULES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The part of a model that this rank holds: some of its layers, and of each layer one of `size` equal parts."""
+
+    layers: range
+    index: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
 class Factor:
     """One matrix of an adapter and the place of its gradient: float32 views of the same shape."""
 
@@ -35,12 +49,22 @@ class Factor:
 class LinearAdapter:
     """What one adapter adds to one of Megatron's linear layers."""
 
-    rank: int
-    scale: float
-    # The A of every adapted module, stacked: [len(b) * rank, in_features]. One product serves all of them.
+    # The A of every adapted module, stacked: [sum(ranks), in_features]. One product serves all of them.
     a: Factor
-    # Per adapted module, in FUSED_MODULES' order: [out_features, rank].
+    # Per adapted module, in FUSED_MODULES' order: its rank and its B [out_features, rank].
+    ranks: list[int]
     b: dict[str, Factor]
+    # Of each row of A; a number where all modules have the same.
+    scale: float | torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank's part of a tensor lies: `offset` in the buffers, `part` in the whole tensor."""
+
+    offset: int
+    shape: tuple[int, int]
+    part: tuple[slice, slice]
 
 
 class Arena:
@@ -50,86 +74,165 @@ class Arena:
         self,
         config: common_pb2.LoraConfig,
         shapes: Iterable[tuple[str, tuple[int, int]]],
-        num_layers: int,
+        shard: Shard,
         seed: int,
         device: torch.device,
     ):
-        """`config` with every field set; `shapes` as `service_common.lora.tensor_shapes` gives them for it."""
+        """`config` with every field set; `shapes`, of whole tensors, as `service_common.lora.tensor_shapes` gives
+        them for it.
+        """
         self._shapes = dict(shapes)
-        self._offsets: dict[str, int] = {}
-        self._size = 0
-        self._linear_offsets = self._lay_out(config, num_layers)
-        self.weights = torch.zeros(self._size, device=device)
-        self.gradients = torch.zeros(self._size, device=device)
-        self.exp_avg = torch.zeros(self._size, device=device)
-        self.exp_avg_sq = torch.zeros(self._size, device=device)
+        self._shard = shard
+        self._places: dict[str, _Place] = {}
+        linears = self._lay_out(config)
+        # Not one tensor: autograd would take a gradient's change for one of the weights.
+        self._buffers = [torch.zeros(self._size, device=device) for _ in range(4)]
+        self.weights, self.gradients, self.exp_avg, self.exp_avg_sq = self._buffers
+        self._spilled: list[torch.Tensor] | None = None
         self._initialize(seed)
-        scale = config.alpha / config.rank
-        self.linears = {
-            key: self._linear_adapter(names, config.rank, scale) for key, names in self._linear_offsets.items()
-        }
+        self.linears = {key: self._linear_adapter(paths, config) for key, paths in linears.items()}
 
     @property
     def names(self) -> list[str]:
-        """PEFT names of all tensors in payload order."""
+        """PEFT names of all tensors of the adapter, on whatever rank, in payload order."""
         return list(self._shapes)
 
     @property
     def num_parameters(self) -> int:
-        """Elements in each of the four buffers."""
-        return self._size
+        """Elements of all tensors of the adapter, on whatever rank."""
+        return sum(math.prod(shape) for shape in self._shapes.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the four buffers on this rank."""
+        return 4 * 4 * self._size
+
+    @property
+    def resident(self) -> bool:
+        """Whether the buffers are in the device's memory."""
+        return self._spilled is None
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Shape of a tensor by its PEFT name."""
+        """Shape of a whole tensor by its PEFT name."""
         return self._shapes[name]
 
     def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
-        """The part of one of the four buffers that belongs to a tensor, in the tensor's shape."""
-        return self._view(buffer, self._offsets[name], self._shapes[name])
+        """The part of one of the four buffers that belongs to a tensor: this rank's part of it, which may be empty."""
+        place = self._places.get(name)
+        if place is None:
+            return buffer[:0].view(0, 0)
+        return buffer[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
 
-    def _lay_out(self, config: common_pb2.LoraConfig, num_layers: int) -> dict[tuple[int, str], list[tuple[str, str]]]:
-        """Gives every tensor its offset, the As of a fused layer side by side."""
+    def copies(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The stretch of one of the four buffers of which every rank that shares a layer has the same."""
+        return buffer[self._size - self._num_copies :]
+
+    def own(self, buffer: torch.Tensor) -> torch.Tensor:
+        """All but `copies` on other ranks than the first: over all ranks, each element of the adapter once."""
+        return buffer if self._shard.index == 0 else buffer[: self._size - self._num_copies]
+
+    def whole(self, buffer: torch.Tensor) -> torch.Tensor:
+        """float32 [num_parameters] in payload order, on the buffer's device: what `own` has, and zeros elsewhere.
+
+        The sum over the ranks that hold the model together is the whole adapter.
+        """
+        flat = buffer.new_zeros(self.num_parameters)
+        offset = 0
+        for name, shape in self._shapes.items():
+            end = offset + math.prod(shape)
+            place = self._places.get(name)
+            if place and (self._shard.index == 0 or place.offset < self._size - self._num_copies):
+                flat[offset:end].view(shape)[place.part] = self.view(buffer, name)
+            offset = end
+        return flat
+
+    def load(self, buffer: torch.Tensor, tensors: Mapping[str, np.ndarray]) -> None:
+        """Fills one of the four buffers with this rank's part of whole float32 tensors, given by PEFT name."""
+        for name, place in self._places.items():
+            self.view(buffer, name).copy_(torch.from_numpy(np.ascontiguousarray(tensors[name][place.part])))
+
+    def spill(self) -> None:
+        """Moves the buffers to host memory, pinned where there is a GPU. Views stay valid but must not be used."""
+        self._spilled = []
+        for buffer in self._buffers:
+            host = torch.empty(buffer.shape, pin_memory=buffer.is_cuda)
+            self._spilled.append(host.copy_(buffer))
+            buffer.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Moves the buffers back to where their views point."""
+        assert self._spilled is not None
+        for buffer, host in zip(self._buffers, self._spilled, strict=True):
+            buffer.untyped_storage().resize_(host.nbytes)
+            buffer.copy_(host)
+        self._spilled = None
+
+    def _lay_out(self, config: common_pb2.LoraConfig) -> dict[tuple[int, str], list[tuple[str, str]]]:
+        """Gives every tensor of this rank its place, the As of a fused layer side by side, copies last."""
         linears = {}
-        for layer in range(num_layers):
+        shared: list[str] = []
+        copies: list[str] = []
+        for layer in self._shard.layers:
             for linear, fused in FUSED_MODULES.items():
                 modules = [module for module in fused if module in config.target_modules]
                 paths = [(module, lora.module_path(layer, module)) for module in modules]
                 for half in "AB":
-                    for _, path in paths:
-                        name = lora.peft_name(path, half)
-                        self._offsets[name] = self._size
-                        self._size += math.prod(self._shapes[name])
+                    by_input = linear in ("linear_proj", "linear_fc2")
+                    (shared if by_input == (half == "A") else copies).extend(
+                        lora.peft_name(path, half) for _, path in paths
+                    )
                 if paths:
                     linears[layer, linear] = paths
+        self._size = 0
+        for names in (shared, copies):
+            start = self._size
+            for name in names:
+                self._size = self._place(name, self._size, is_shared=names is shared)
+            self._num_copies = self._size - start
         return linears
 
-    def _linear_adapter(self, paths: list[tuple[str, str]], rank: int, scale: float) -> LinearAdapter:
-        first = lora.peft_name(paths[0][1], "A")
-        stacked = (len(paths) * rank, self._shapes[first][1])
-        b_names = {module: lora.peft_name(path, "B") for module, path in paths}
+    def _place(self, name: str, offset: int, is_shared: bool) -> int:
+        rows, columns = self._shapes[name]
+        part = [slice(0, rows), slice(0, columns)]
+        if is_shared:
+            axis = 1 if ".lora_A." in name else 0
+            length = self._shapes[name][axis] // self._shard.size
+            part[axis] = slice(self._shard.index * length, (self._shard.index + 1) * length)
+        shape = (part[0].stop - part[0].start, part[1].stop - part[1].start)
+        self._places[name] = _Place(offset, shape, (part[0], part[1]))
+        return offset + math.prod(shape)
+
+    def _linear_adapter(self, paths: list[tuple[str, str]], config: common_pb2.LoraConfig) -> LinearAdapter:
+        first = self._places[lora.peft_name(paths[0][1], "A")]
+        ranks = [lora.module_rank(config, path) for _, path in paths]
+        scales = [lora.module_scale(config, path) for _, path in paths]
+        scale: float | torch.Tensor = scales[0]
+        if len(set(scales)) > 1:
+            scale = torch.tensor(scales, device=self.weights.device).repeat_interleave(
+                torch.tensor(ranks, device=self.weights.device)
+            )
         return LinearAdapter(
-            rank=rank,
+            a=self._factor(_Place(first.offset, (sum(ranks), first.shape[1]), first.part)),
+            ranks=ranks,
+            b={module: self._factor(self._places[lora.peft_name(path, "B")]) for module, path in paths},
             scale=scale,
-            a=self._factor(self._offsets[first], stacked),
-            b={module: self._factor(self._offsets[name], self._shapes[name]) for module, name in b_names.items()},
         )
 
-    def _factor(self, offset: int, shape: tuple[int, int]) -> Factor:
-        return Factor(self._view(self.weights, offset, shape), self._view(self.gradients, offset, shape))
-
-    @staticmethod
-    def _view(buffer: torch.Tensor, offset: int, shape: tuple[int, int]) -> torch.Tensor:
-        return buffer[offset : offset + math.prod(shape)].view(shape)
+    def _factor(self, place: _Place) -> Factor:
+        stretch = slice(place.offset, place.offset + math.prod(place.shape))
+        return Factor(self.weights[stretch].view(place.shape), self.gradients[stretch].view(place.shape))
 
     def _initialize(self, seed: int) -> None:
         """PEFT's initialisation: A uniform in +-1/sqrt(in_features), B zero.
 
-        Drawn on the CPU from a generator per tensor, so that the values depend on nothing but seed and name.
+        Whole tensors are drawn on the CPU from a generator each, so that the values depend on nothing but seed and
+        name.
         """
-        for name, shape in self._shapes.items():
+        for name, place in self._places.items():
             if ".lora_A." in name:
+                shape = self._shapes[name]
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
                 bound = 1 / math.sqrt(shape[1])
                 values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-                self.view(self.weights, name).copy_(values)
+                self.view(self.weights, name).copy_(values[place.part])

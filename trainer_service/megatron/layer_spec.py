@@ -35,15 +35,16 @@ class PackedSDPA(MegatronModule):
         self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedSeqParams, **_):
-        """`query` [T, Q, D], `key` and `value` [T, K, D]; returns [T, Q * D]. Each sequence sees itself only."""
+        """`query` [T, 1, Q, D], `key` and `value` [T, 1, K, D]; returns [T, 1, Q * D]. Sequences see only themselves."""
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
         groups = query.size(1) // key.size(1)
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         outputs = [
             self._attend(query[start:end], key[start:end], value[start:end])
             for start, end in itertools.pairwise(bounds)
         ]
-        return torch.cat(outputs).flatten(1)
+        return torch.cat(outputs).flatten(1)[:, None]
 
     def _attend(self, query, key, value):
         length = query.size(0)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from service_common import errors
 from service_common.checkpoint import Checkpoint
-from trainer_service.megatron import runtime
+from trainer_service.parallel import Place
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -28,8 +28,31 @@ def check_supported(checkpoint: Checkpoint) -> None:
         )
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Callable[[str], None]) -> "GPTModel":
-    """A frozen GPTModel with the checkpoint's weights.
+def check_divisible(checkpoint: Checkpoint, place: Place) -> None:
+    """INVALID_ARGUMENT unless the ranks can share this model evenly."""
+    config = checkpoint.config
+    shared = {
+        "num_attention_heads": place.tensor.size,
+        "num_key_value_heads": place.tensor.size,
+        "intermediate_size": place.tensor.size,
+        "vocab_size": place.tensor.size,
+        "num_hidden_layers": place.pipeline.size,
+    }
+    for name, ranks in shared.items():
+        if config.get(name, 0) % ranks:
+            raise errors.invalid_argument(
+                "LAYOUT_INVALID",
+                f"{checkpoint.name} has {name} {config[name]}, which {ranks} ranks cannot share evenly",
+                field="model",
+                **{name: config[name]},
+                ranks=ranks,
+            )
+
+
+def load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, place: Place, report: Callable[[str], None]
+) -> "GPTModel":
+    """A frozen GPTModel with the checkpoint's weights; this rank's part of it.
 
     `report` is called with "BUILDING", "LOADING" and "VERIFYING" as these steps begin. ServiceError when a parameter
     was not written or a tensor of the checkpoint found no place: Bridge only warns and goes on.
@@ -39,13 +62,14 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, repor
 
     from trainer_service.megatron.layer_spec import layer_spec  # noqa: PLC0415
 
-    runtime.initialize(device)
     bridge = AutoBridge.from_hf_pretrained(str(checkpoint.folder))
     provider = bridge.to_megatron_provider()
     provider.transformer_layer_spec = layer_spec
     provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
     provider.bf16, provider.fp16 = dtype == torch.bfloat16, False
-    provider.sequence_parallel = False
+    provider.tensor_model_parallel_size = place.tensor.size
+    provider.pipeline_model_parallel_size = place.pipeline.size
+    provider.sequence_parallel = place.sequence_parallel
     # These need Transformer Engine, Apex or a compiler, or only pay when base weights are trained.
     for fusion in (
         "gradient_accumulation_fusion",
@@ -71,13 +95,25 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, repor
         wrap_with_ddp=False, use_cpu_initialization=device.type == "cpu", mixed_precision_wrapper=None
     )
     report("VERIFYING")
-    _prove_complete(model, checkpoint)
+    _prove_complete(model, checkpoint, place)
     model.requires_grad_(False)
     return model.eval()
 
 
-def _prove_complete(model: "GPTModel", checkpoint: Checkpoint) -> None:
+def _prove_complete(model: "GPTModel", checkpoint: Checkpoint, place: Place) -> None:
     unwritten = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
+    # A tied output layer on a stage of its own is a copy of the embedding on the first stage.
+    copied = "output_layer.weight" if model.share_embeddings_and_output_weights else None
+    placed = sum(
+        parameter.numel() * (place.tensor.size if getattr(parameter, "tensor_model_parallel", False) else 1)
+        for name, parameter in model.named_parameters()
+        if name != copied
+    )
+    if place.pipeline.size > 1:  # all ranks must come to the same conclusion
+        stages: list = [None] * distributed.get_world_size()
+        distributed.all_gather_object(stages, (place.pipeline.index, placed, unwritten), group=place.world)
+        placed = sum({index: placed for index, placed, _ in stages}.values())
+        unwritten = [name for *_, names in stages for name in names]
     if unwritten:
         raise errors.invalid_argument(
             "MODEL_INCOMPLETE",
@@ -86,7 +122,6 @@ def _prove_complete(model: "GPTModel", checkpoint: Checkpoint) -> None:
             field="model",
             parameter=unwritten[0],
         )
-    placed = sum(parameter.numel() for parameter in model.parameters())
     if placed != checkpoint.num_parameters:
         raise errors.invalid_argument(
             "MODEL_INCOMPLETE",

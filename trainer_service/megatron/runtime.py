@@ -3,13 +3,17 @@
 Import this module before anything from `megatron`.
 """
 
+import datetime
 import importlib.machinery
 import importlib.util
 import sys
 import warnings
 
 import torch
-import torch.distributed
+from torch import distributed
+
+from trainer_service.parallel import Axis, Layout, Place
+from trainer_service.ranks import NEVER, Process
 
 _NEEDS_TE = "megatron.bridge.peft.lora_layers"
 
@@ -49,14 +53,33 @@ warnings.filterwarnings("ignore", message="Apex is not installed")
 warnings.filterwarnings("ignore", message="ModelProviderMixin-based model configuration is deprecated")
 
 
-def initialize(device: torch.device) -> None:
-    """Joins the process group and sets Megatron's parallel state up. Does nothing the second time."""
+def initialize(device: torch.device, layout: Layout) -> Place:
+    """Sets Megatron's parallel state up and says where in it this rank is. Joins a world of one unless the process
+    has joined another. INVALID_ARGUMENT when the layout does not fit the world.
+    """
     from megatron.core import parallel_state, tensor_parallel  # noqa: PLC0415  (after the import hook above)
 
-    if torch.distributed.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    # The inference tracker's fork() does nothing; the default one needs CUDA, and nothing here is random.
-    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    Process.from_environment().join(device)
+    world_size = distributed.get_world_size()
+    layout.data(world_size)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            distributed_timeout_minutes=NEVER // datetime.timedelta(minutes=1),
+        )
+        # The inference tracker's fork() does nothing; the default one needs CUDA, and nothing here is random.
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    return Place(
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        model=_axis(parallel_state.get_model_parallel_group()),
+        sequence_parallel=layout.sequence_parallel and layout.tensor > 1,
+        world=distributed.new_group(backend="gloo", timeout=NEVER) if world_size > 1 else None,
+    )
+
+
+def _axis(group: distributed.ProcessGroup) -> Axis:
+    ranks = tuple(distributed.get_process_group_ranks(group))
+    return Axis(ranks.index(distributed.get_rank()), len(ranks), group, ranks)

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from tinkerbell import _decode, adapter, results
 from tinkerbell._connection import Connection
 from tinkerbell.inputs import Prompt, SamplingParams, set_prompt, token_array
+from tinkerbell.lora import LoraConfig
 from tinkerbell.push import push
 from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
 
@@ -96,7 +97,8 @@ class AsyncSamplerClient:
         """See `SamplerClient.push_adapter`."""
         if base_model_fingerprint is None:
             base_model_fingerprint = (await self.get_backend_info()).base_model.fingerprint
-        manifest, payload = adapter.pack(weights, rank, alpha, base_model_fingerprint)
+        lora = LoraConfig.of_weights(weights, rank, alpha)
+        manifest, payload = adapter.pack(weights, lora, base_model_fingerprint)
         begin = sampler_pb2.PushBegin(adapter_id=adapter_id, version=version, manifest=manifest)
         return _decode.push_result(await push(self._stub, begin, payload, timeout=self._timeout))
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import grpc_health.v1.health  # noqa: F401 - `up` needs it: better to fail here 
 import typer
 from rich.console import Console
 
+from tinkerbell import merge as merging
 from tinkerbell.cli import render
 from tinkerbell.errors import TinkerbellError
 from tinkerbell.local import LocalServices, ServiceDiedError
@@ -96,6 +98,55 @@ def adapters(trainer: TrainerAddress = TRAINER, sampler: SamplerAddress = SAMPLE
 
 
 @app.command()
+def checkpoints(
+    adapter: Annotated[
+        str, typer.Argument(help="The adapter, which need not exist any more.", show_default="all")
+    ] = "",
+    trainer: TrainerAddress = TRAINER,
+) -> None:
+    """Lists the trainer's checkpoints, oldest first."""
+    try:
+        with TrainerClient(trainer) as client:
+            saved = client.list_checkpoints(adapter)
+    except TinkerbellError as error:
+        _print_error(error)
+        raise typer.Exit(1) from None
+    console.print(render.checkpoints(saved))
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="The adapter.")],
+    out_dir: Annotated[Path, typer.Argument(help="The folder to make.")],
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BASE_FOLDER",
+            exists=True,
+            file_okay=False,
+            help="The base model's folder: write the whole model, with the adapter in it, for transformers.",
+            show_default="the adapter alone, for PEFT",
+        ),
+    ] = None,
+    trainer: TrainerAddress = TRAINER,
+) -> None:
+    """Writes an adapter as it is now to a folder: as a PEFT adapter, or merged into the base model."""
+    try:
+        with TrainerClient(trainer) as client, tempfile.TemporaryDirectory() as temporary:
+            if merge is None:
+                client.export_peft_folder(adapter, out_dir)
+            else:
+                exported = Path(temporary, "adapter")
+                client.export_peft_folder(adapter, exported)
+                with render.merging(errors) as on_progress:
+                    merging.merge(merge, exported, out_dir, on_progress)
+    except (TinkerbellError, OSError, ValueError) as error:
+        _print_error(error)
+        raise typer.Exit(1) from None
+    console.print(f"{out_dir}: {'the merged model' if merge else 'a PEFT adapter'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def sample(
     prompt: Annotated[str, typer.Argument(help="What to ask, or the text to continue.")],
     adapter: Annotated[
@@ -138,5 +189,5 @@ def sample(
         errors.print(render.served_by(delta.served_by), style="dim", highlight=False)
 
 
-def _print_error(error: TinkerbellError) -> None:
+def _print_error(error: Exception) -> None:
     errors.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)

@@ -1,11 +1,15 @@
 """What the `tinkerbell` command shows."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import datetime
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.spinner import Spinner
 from rich.syntax import Syntax
 from rich.table import Table
@@ -87,16 +91,38 @@ def adapters(trained: Sequence[results.LoraAdapter], sampled: Sequence[results.S
         table.add_column(column, justify="left" if column in {"adapter", "live versions"} else "right")
     live = {adapter.adapter_id: adapter for adapter in sampled}
     for adapter in trained:
-        shape = (str(adapter.rank), f"{adapter.alpha:g}")
+        shape = (str(adapter.lora.rank), f"{adapter.lora.alpha:g}")
         published = str(adapter.published_version or "")
         table.add_row(
             adapter.adapter_id, *shape, str(adapter.step), published, *_live(live.pop(adapter.adapter_id, None))
         )
     for only_sampled in live.values():
         newest = only_sampled.versions[-1]
-        shape = (str(newest.rank), f"{newest.alpha:g}")
+        shape = (str(newest.lora.rank), f"{newest.lora.alpha:g}")
         table.add_row(only_sampled.adapter_id, *shape, "", "", *_live(only_sampled))
     return table
+
+
+def checkpoints(saved: Sequence[results.Checkpoint]) -> Table:
+    """A checkpoint a row, with times of this machine's zone."""
+    table = Table()
+    for column in ("checkpoint", "rank", "step", "size", "saved", "expires"):
+        table.add_column(column, justify="right" if column in {"rank", "step", "size"} else "left")
+    for checkpoint in saved:
+        expires = _time(checkpoint.expires_at) if checkpoint.expires_at else "never"
+        size = decimal(checkpoint.size_bytes)
+        rank, step = str(checkpoint.lora.rank), str(checkpoint.step)
+        table.add_row(checkpoint.checkpoint_id, rank, step, size, _time(checkpoint.created_at), expires)
+    return table
+
+
+@contextlib.contextmanager
+def merging(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar that the given function moves: bytes written, bytes in all."""
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("merging", total=None)
+        yield lambda written, total: progress.update(task, completed=written, total=total)
 
 
 def served_by(version: results.AdapterVersion) -> str:
@@ -111,6 +137,10 @@ def _live(adapter: results.SampledAdapter | None) -> tuple[str, str]:
         return "", ""
     versions = ", ".join(str(live.version) for live in adapter.versions)
     return versions, str(sum(live.active_requests for live in adapter.versions))
+
+
+def _time(moment: datetime.datetime) -> str:
+    return f"{moment.astimezone():%Y-%m-%d %H:%M}"
 
 
 def _shown(value: object) -> str:

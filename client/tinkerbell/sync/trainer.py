@@ -1,15 +1,18 @@
 """The trainer's client for programs that block."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal, overload
 
 import numpy as np
 
-from tinkerbell import _decode, results
+from tinkerbell import _decode, imports, results
 from tinkerbell._background import loop_thread
-from tinkerbell.aio.trainer import AsyncTrainerClient, AsyncTrainingRun, export_request
-from tinkerbell.inputs import AdamParams, Datum
+from tinkerbell._retry import DEFAULT_RETRY, Retry
+from tinkerbell.aio.trainer import AsyncTrainerClient, AsyncTrainingRun, export_request, forward_request
+from tinkerbell.custom_loss import CustomLoss
+from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig
 
 
 class TrainerClient:
@@ -22,15 +25,17 @@ class TrainerClient:
                 run.optim_step(learning_rate=1e-4)
                 print(loss.result().loss)
 
-    Nothing is sent before the first call. A call to a trainer that can't be reached raises UnavailableError at once;
-    calls that only read are tried a few times first. `tinkerbell.errors` lists what else a call can raise.
+    Nothing is sent before the first call. A call that gets no answer is sent again: one that only reads a few times
+    within a second, one that changes something, or computes, for as long as `Retry` says. It carries a request_id, the
+    same in all attempts, by which the trainer knows what it has done already; so it is done once however often it is
+    sent. Then the call raises UnavailableError. `tinkerbell.errors` lists what else a call can raise.
     """
 
-    def __init__(self, address: str, timeout: float | None = None):
-        """`address`: HOST:PORT. `timeout`: seconds that each call may take; None means no limit."""
+    def __init__(self, address: str, timeout: float | None = None, retry: Retry = DEFAULT_RETRY):
+        """`address`: HOST:PORT. `timeout`: seconds that each call may take, all attempts together; None: no limit."""
 
         async def connect() -> AsyncTrainerClient:
-            return AsyncTrainerClient(address, timeout)
+            return AsyncTrainerClient(address, timeout, retry)
 
         self._loop = loop_thread()
         self._client = self._loop.run(connect())
@@ -67,21 +72,64 @@ class TrainerClient:
     def create_lora_adapter(
         self,
         adapter_id: str,
-        rank: int = 32,
+        rank: int | None = None,
         alpha: float | None = None,
         target_modules: Sequence[str] | None = None,
         seed: int = 0,
+        use_rslora: bool = False,
+        *,
+        from_checkpoint: str = "",
+        fresh_optimizer: bool = False,
     ) -> "TrainingRun":
-        """Creates an adapter that computes what the base model computes, and its optimizer.
+        """Creates an adapter and its optimizer.
 
-        `adapter_id`: 1 to 64 of [A-Za-z0-9._-], starting with a letter or digit. `alpha`: numerator of the scale
-        alpha / rank; None means 32. `target_modules`: among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
+        It computes what the base model computes. `adapter_id`: 1 to 64 of [A-Za-z0-9._-], starting with a letter or
+        digit. `rank`: None means 32. `alpha`: numerator of the scale alpha / rank, or with `use_rslora` alpha /
+        sqrt(rank); None means 32. `target_modules`: among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
         down_proj; None means all. `seed`: of A's initial values.
+
+        Or it starts from a checkpoint, by its id, which brings shape, weights and, without `fresh_optimizer`, step and
+        moments. ValueError when the shape is given too.
 
         AlreadyExistsError when there is an adapter of that name: `training_run` goes on with it.
         """
-        run = self._loop.run(self._client.create_lora_adapter(adapter_id, rank, alpha, target_modules, seed))
-        return TrainingRun(run)
+        creation = self._client.create_lora_adapter(
+            adapter_id,
+            rank,
+            alpha,
+            target_modules,
+            seed,
+            use_rslora,
+            from_checkpoint=from_checkpoint,
+            fresh_optimizer=fresh_optimizer,
+        )
+        return TrainingRun(self._loop.run(creation))
+
+    def import_adapter_weights(
+        self,
+        adapter_id: str,
+        weights: imports.Weights,
+        rank: int | None = None,
+        alpha: float | None = None,
+        use_rslora: bool | None = None,
+        rank_pattern: Mapping[str, int] | None = None,
+        alpha_pattern: Mapping[str, float] | None = None,
+    ) -> "TrainingRun":
+        """Makes an adapter of weights that were trained elsewhere. Its optimizer is new.
+
+        `weights`: a PEFT folder (adapter_config.json and adapter_model.safetensors), which says all else itself; or
+        arrays by PEFT name, A [rank, in] and B [out, rank], float32, float16 or bfloat16, with their `rank` and `alpha`
+        and, as in PEFT, whatever of `use_rslora`, `rank_pattern` and `alpha_pattern` applies.
+
+        ValueError, naming the key or the tensor, for what is not LoRA on linear layers: DoRA, biases, embeddings,
+        trained tokens or weights of the base model, an A without its B. The trainer refuses layers that the base model
+        does not have. When there is an adapter of that name its weights are replaced, after the operations that have
+        reached the trainer; to have yours counted, use `TrainingRun.import_adapter_weights`.
+        """
+        importing = self._client.import_adapter_weights(
+            adapter_id, weights, rank, alpha, use_rslora, rank_pattern, alpha_pattern
+        )
+        return TrainingRun(self._loop.run(importing))
 
     def training_run(self, adapter_id: str) -> "TrainingRun":
         """Goes on with an adapter that exists. NotFoundError when it does not.
@@ -91,7 +139,7 @@ class TrainerClient:
         return TrainingRun(self._loop.run(self._client.training_run(adapter_id)))
 
     def list_lora_adapters(self) -> list[results.LoraAdapter]:
-        """The resident adapters in order of creation."""
+        """The adapters in order of creation."""
         return self._loop.run(self._client.list_lora_adapters())
 
     def remove_lora_adapter(self, adapter_id: str) -> None:
@@ -109,13 +157,33 @@ class TrainerClient:
         """Describes the optimizers of all adapters, in order of creation and without their tensors."""
         return self._loop.run(self._client.list_optimizer_states())
 
-    def forward(self, data: Sequence[Datum], adapter_id: str = "") -> Future[results.ForwardResult]:
+    def export_optimizer_state(self, adapter_id: str) -> results.ExportedOptimizer:
+        """As `TrainingRun.export_optimizer_state`, but not numbered: it runs when it arrives."""
+        return self._loop.run(self._client.export_optimizer_state(adapter_id))
+
+    def list_checkpoints(self, adapter_id: str = "") -> list[results.Checkpoint]:
+        """The checkpoints of one adapter, which need not exist any more, or of all, oldest first."""
+        return self._loop.run(self._client.list_checkpoints(adapter_id))
+
+    def delete_checkpoint(self, checkpoint_id: str) -> None:
+        """Deletes a checkpoint. NotFoundError when there is none of that id."""
+        self._loop.run(self._client.delete_checkpoint(checkpoint_id))
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        adapter_id: str = "",
+        loss: Loss = "cross_entropy",
+        loss_config: LossConfig | None = None,
+        **overrides: float,
+    ) -> Future[results.ForwardResult]:
         """Logprobs and loss under an adapter, or under the bare base model when `adapter_id` is empty. No gradients.
 
         Not numbered: it runs when it arrives. To see the effect of operations that are on their way, use
         `TrainingRun.forward`.
         """
-        return self._loop.submit(self._client._forward(data, adapter_id))
+        request = forward_request(adapter_id, data, loss, loss_config, overrides)
+        return self._loop.submit(self._client._forward(request))
 
     def sync_adapter_to_vllm(self, adapter_id: str) -> Future[results.SyncResult]:
         """As `TrainingRun.sync_adapter_to_vllm`, but not numbered: it runs when it arrives."""
@@ -131,21 +199,35 @@ class TrainerClient:
     ) -> dict[str, np.ndarray]: ...
     def export_adapter_weights(self, adapter_id: str, as_dict: bool = False, dtype: str = "float32"):
         """As `TrainingRun.export_adapter_weights`, but not numbered: it runs when it arrives."""
-        arrays = self._loop.iterate(self._loop.run(self._client._open_export(export_request(adapter_id, dtype))))
+        export = self._loop.run(self._client._open_export(export_request(adapter_id, dtype)))
+        arrays = self._loop.iterate(export.arrays())
         return dict(arrays) if as_dict else arrays
+
+    def export_peft_folder(self, adapter_id: str, folder: str | os.PathLike[str]) -> None:
+        """As `TrainingRun.export_peft_folder`, but not numbered: it runs when it arrives."""
+        self._loop.run(self._client.export_peft_folder(adapter_id, folder))
 
 
 class TrainingRun:
     """One adapter and the order of the operations on it.
 
-    `forward`, `forward_backward`, `optim_step`, `sync_adapter_to_vllm` and `export_adapter_weights` are numbered as
-    they are called, from whatever thread, and the trainer runs them in that order. So a program need not wait for one
-    before it calls the next. A number is taken only when the request is valid and about to be sent.
+    Everything but `get_optimizer_state` and `remove` is numbered as it is called, from whatever thread, and the trainer
+    runs it in that order. So a program need not wait for one operation before it calls the next. A number is taken only
+    when the request is valid and about to be sent.
 
     Cancelling the future of a numbered operation drops its result and nothing else: the operation still happens, since
     the trainer would wait for a number that never comes. For the same reason a run ends when one of its operations gets
-    no answer (UnavailableError, DeadlineExceededError): further ones raise FailedPreconditionError with the reason
-    OPERATION_UNANSWERED. `TrainerClient.training_run` then asks the trainer which number comes next.
+    no answer to any attempt (UnavailableError, DeadlineExceededError): further ones raise FailedPreconditionError with
+    the reason OPERATION_UNANSWERED. It ends too when the trainer's place is another than the run's, with the reason
+    that the trainer gave:
+
+    - SEQ_ID_USED: somebody else, perhaps another run, works on this adapter.
+    - SEQ_ID_GAP: an operation before this one never came.
+    - ADAPTER_RESTORED: the trainer has restarted, and the adapter stands at an earlier checkpoint; the metadata has its
+      `step` and `next_seq_id`.
+
+    `TrainerClient.training_run` then asks the trainer and gives a new run at the right place. Its `adapter.step` says
+    how many steps are in, so a program that can say what its step k was goes on from there.
 
     Made by `TrainerClient.create_lora_adapter` and `TrainerClient.training_run`.
     """
@@ -164,17 +246,45 @@ class TrainingRun:
         """The adapter's name."""
         return self._run.adapter_id
 
-    def forward(self, data: Sequence[Datum]) -> Future[results.ForwardResult]:
-        """Logprobs and loss of `data`, at least one datum. No gradients."""
-        return self._loop.submit_to_the_end(self._run._forward(data))
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss: Loss = "cross_entropy",
+        loss_config: LossConfig | None = None,
+        **overrides: float,
+    ) -> Future[results.ForwardResult]:
+        """Logprobs and loss of `data`, at least one datum. No gradients. The rest as in `forward_backward`."""
+        return self._loop.submit_to_the_end(self._run._forward(data, loss, loss_config, overrides))
 
-    def forward_backward(self, data: Sequence[Datum]) -> Future[results.ForwardBackwardResult]:
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss: Loss = "cross_entropy",
+        loss_config: LossConfig | None = None,
+        **overrides: float,
+    ) -> Future[results.ForwardBackwardResult]:
         """Logprobs and loss of `data`, at least one datum; adds the loss's gradient to the accumulated gradient.
 
-        The loss is the sum over tokens of -weight * log p(target), so the gradients of two calls add up to the gradient
-        of one call with both batches.
+        `loss` is one of `tinkerbell.inputs.Loss`, which says what each computes of a Datum. It is a sum over tokens, so
+        the gradients of two calls add up to the gradient of one call with both batches. Its numbers come as LossConfig,
+        as fields of it by keyword, or both, where keywords win: `forward_backward(data, "ppo",
+        clip_high_threshold=1.3)`. ValueError when a datum lacks what the loss takes.
         """
-        return self._loop.submit_to_the_end(self._run._forward_backward(data))
+        return self._loop.submit_to_the_end(self._run._forward_backward(data, loss, loss_config, overrides))
+
+    def forward_backward_custom(self, data: Sequence[Datum], fn: CustomLoss) -> Future[results.ForwardBackwardResult]:
+        """As `forward_backward`, for any loss of the logprobs that you can differentiate.
+
+        `fn(data, logprobs)` gets the float32 [N] logprobs of each datum and returns the loss and, for each datum, its
+        derivative with respect to them, [N]; `tinkerbell.torch_loss` makes one of a PyTorch function. It runs once, in
+        another thread. The result's loss is what it returned.
+
+        These are two operations, a forward and a backward pass. Both take their numbers when this is called, so that an
+        `optim_step` called next comes after the gradient; what is called meanwhile leaves this process when `fn` has
+        returned. What `fn` raises, and ValueError for derivatives of the wrong shape, come out of the future; the
+        gradient is then not added, and the operations after it happen.
+        """
+        return self._loop.submit_to_the_end(self._run._forward_backward_custom(data, fn))
 
     def optim_step(self, adam: AdamParams | None = None, **overrides: float) -> Future[results.OptimStepResult]:
         """Applies the accumulated gradient with AdamW and clears it.
@@ -191,6 +301,29 @@ class TrainingRun:
         """
         return self._loop.submit_to_the_end(self._run._sync_adapter_to_vllm())
 
+    def save_checkpoint(self, name: str = "", ttl_seconds: float = 0) -> Future[results.Checkpoint]:
+        """Writes weights, optimizer and place in the order of operations to the trainer's disk.
+
+        A gradient that no `optim_step` has applied is not part of it. `name`: of the same form as an adapter's; empty
+        means "step-" and the number of steps. `ttl_seconds`: time after which it deletes itself; 0 means never.
+        """
+        return self._loop.submit_to_the_end(self._run._save_checkpoint(name, ttl_seconds))
+
+    def load_checkpoint(self, checkpoint_id: str, fresh_optimizer: bool = False) -> Future[results.LoraAdapter]:
+        """Takes the adapter back to one of its checkpoints, or to one of another adapter of the same shape.
+
+        This run goes on: the order of operations is not taken back. `fresh_optimizer`: step and moments start anew.
+        """
+        return self._loop.submit_to_the_end(self._run._load_checkpoint(checkpoint_id, fresh_optimizer))
+
+    def import_adapter_weights(self, weights: imports.Weights) -> Future[results.LoraAdapter]:
+        """Replaces the weights by others of the same shape; the optimizer starts anew.
+
+        `weights` as in `TrainerClient.import_adapter_weights`; arrays have this adapter's rank and alpha. They are read
+        before this returns, and ValueError says what is wrong with them.
+        """
+        return self._loop.submit_to_the_end(self._run._import_adapter_weights(weights))
+
     @overload
     def export_adapter_weights(
         self, as_dict: Literal[False] = False, dtype: str = "float32"
@@ -205,8 +338,19 @@ class TrainingRun:
         whole does not have the digest that the trainer announced: trust the pairs when the iteration has ended.
         """
         opened = self._loop.submit_to_the_end(self._run._open_export(dtype))
-        arrays = self._loop.iterate(self._loop.wait(opened))
+        arrays = self._loop.iterate(self._loop.wait(opened).arrays())
         return dict(arrays) if as_dict else arrays
+
+    def export_peft_folder(self, folder: str | os.PathLike[str]) -> None:
+        """Makes a folder with the weights, float32, that PeftModel.from_pretrained reads.
+
+        It is there whole or not at all. FileExistsError when there is something of that name.
+        """
+        self._loop.wait(self._loop.submit_to_the_end(self._run._export_peft_folder(folder)))
+
+    def export_optimizer_state(self) -> results.ExportedOptimizer:
+        """The optimizer with the moments of all tensors, float32. DataLossError as in `export_adapter_weights`."""
+        return self._loop.wait(self._loop.submit_to_the_end(self._run._export_optimizer_state()))
 
     def get_optimizer_state(self) -> results.OptimizerState:
         """Describes the optimizer as it is when the question arrives; wait for your steps first."""

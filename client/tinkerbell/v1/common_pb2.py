@@ -24,25 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atinkerbell/v1/common.proto\x12\rtinkerbell.v1\"M\n\x06Tensor\x12&\n\x05\x64type\x18\x01 \x01(\x0e\x32\x17.tinkerbell.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"P\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\tB\x08\n\x06_alpha\"u\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05\x64type\x18\x02 \x01(\x0e\x32\x17.tinkerbell.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\"\xaa\x01\n\x0f\x41\x64\x61pterManifest\x12\'\n\x04lora\x18\x01 \x01(\x0b\x32\x19.tinkerbell.v1.LoraConfig\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.tinkerbell.v1.TensorSpec\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x1e\n\x16\x62\x61se_model_fingerprint\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\";\n\x0cPayloadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"\xe2\x01\n\rBaseModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x07 \x01(\r\x12\x16\n\x0enum_parameters\x18\x08 \x01(\x04\x12&\n\x05\x64type\x18\t \x01(\x0e\x32\x17.tinkerbell.v1.DataType*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atinkerbell/v1/common.proto\x12\rtinkerbell.v1\"M\n\x06Tensor\x12&\n\x05\x64type\x18\x01 \x01(\x0e\x32\x17.tinkerbell.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xd3\x02\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x12\n\nuse_rslora\x18\x04 \x01(\x08\x12@\n\x0crank_pattern\x18\x05 \x03(\x0b\x32*.tinkerbell.v1.LoraConfig.RankPatternEntry\x12\x42\n\ralpha_pattern\x18\x06 \x03(\x0b\x32+.tinkerbell.v1.LoraConfig.AlphaPatternEntry\x1a\x32\n\x10RankPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a\x33\n\x11\x41lphaPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_alpha\"u\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05\x64type\x18\x02 \x01(\x0e\x32\x17.tinkerbell.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\"\xaa\x01\n\x0f\x41\x64\x61pterManifest\x12\'\n\x04lora\x18\x01 \x01(\x0b\x32\x19.tinkerbell.v1.LoraConfig\x12*\n\x07tensors\x18\x02 \x03(\x0b\x32\x19.tinkerbell.v1.TensorSpec\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x1e\n\x16\x62\x61se_model_fingerprint\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\";\n\x0cPayloadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"\xe2\x01\n\rBaseModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x07 \x01(\r\x12\x16\n\x0enum_parameters\x18\x08 \x01(\x04\x12&\n\x05\x64type\x18\t \x01(\x0e\x32\x17.tinkerbell.v1.DataType*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tinkerbell.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=789
-  _globals['_DATATYPE']._serialized_end=938
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._loaded_options = None
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._serialized_options = b'8\001'
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._loaded_options = None
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._serialized_options = b'8\001'
+  _globals['_DATATYPE']._serialized_start=1049
+  _globals['_DATATYPE']._serialized_end=1198
   _globals['_TENSOR']._serialized_start=45
   _globals['_TENSOR']._serialized_end=122
-  _globals['_LORACONFIG']._serialized_start=124
-  _globals['_LORACONFIG']._serialized_end=204
-  _globals['_TENSORSPEC']._serialized_start=206
-  _globals['_TENSORSPEC']._serialized_end=323
-  _globals['_ADAPTERMANIFEST']._serialized_start=326
-  _globals['_ADAPTERMANIFEST']._serialized_end=496
-  _globals['_PAYLOADCHUNK']._serialized_start=498
-  _globals['_PAYLOADCHUNK']._serialized_end=557
-  _globals['_BASEMODELINFO']._serialized_start=560
-  _globals['_BASEMODELINFO']._serialized_end=786
+  _globals['_LORACONFIG']._serialized_start=125
+  _globals['_LORACONFIG']._serialized_end=464
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._serialized_start=351
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._serialized_end=401
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._serialized_start=403
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._serialized_end=454
+  _globals['_TENSORSPEC']._serialized_start=466
+  _globals['_TENSORSPEC']._serialized_end=583
+  _globals['_ADAPTERMANIFEST']._serialized_start=586
+  _globals['_ADAPTERMANIFEST']._serialized_end=756
+  _globals['_PAYLOADCHUNK']._serialized_start=758
+  _globals['_PAYLOADCHUNK']._serialized_end=817
+  _globals['_BASEMODELINFO']._serialized_start=820
+  _globals['_BASEMODELINFO']._serialized_end=1046
 # @@protoc_insertion_point(module_scope)

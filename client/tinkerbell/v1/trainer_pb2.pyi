@@ -12,6 +12,11 @@ class LossFunction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LOSS_FUNCTION_UNSPECIFIED: _ClassVar[LossFunction]
     LOSS_FUNCTION_CROSS_ENTROPY: _ClassVar[LossFunction]
+    LOSS_FUNCTION_IMPORTANCE_SAMPLING: _ClassVar[LossFunction]
+    LOSS_FUNCTION_PPO: _ClassVar[LossFunction]
+    LOSS_FUNCTION_CISPO: _ClassVar[LossFunction]
+    LOSS_FUNCTION_DRO: _ClassVar[LossFunction]
+    LOSS_FUNCTION_CUSTOM: _ClassVar[LossFunction]
 
 class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -19,6 +24,11 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRANSPORT_GRPC: _ClassVar[Transport]
 LOSS_FUNCTION_UNSPECIFIED: LossFunction
 LOSS_FUNCTION_CROSS_ENTROPY: LossFunction
+LOSS_FUNCTION_IMPORTANCE_SAMPLING: LossFunction
+LOSS_FUNCTION_PPO: LossFunction
+LOSS_FUNCTION_CISPO: LossFunction
+LOSS_FUNCTION_DRO: LossFunction
+LOSS_FUNCTION_CUSTOM: LossFunction
 TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_GRPC: Transport
 
@@ -57,7 +67,7 @@ class TrainerServiceGetBackendInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainerServiceGetBackendInfoResponse(_message.Message):
-    __slots__ = ("base_model", "device", "world_size", "versions", "num_adapters", "max_rank", "max_batch_tokens", "sampler_address", "target_modules")
+    __slots__ = ("base_model", "device", "parallelism", "versions", "num_adapters", "num_resident_adapters", "max_adapters", "max_resident_adapters", "max_rank", "max_batch_tokens", "sampler_address", "target_modules")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -67,33 +77,59 @@ class TrainerServiceGetBackendInfoResponse(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
-    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PARALLELISM_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESIDENT_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RESIDENT_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModelInfo
     device: str
-    world_size: int
+    parallelism: Parallelism
     versions: _containers.ScalarMap[str, str]
     num_adapters: int
+    num_resident_adapters: int
+    max_adapters: int
+    max_resident_adapters: int
     max_rank: int
     max_batch_tokens: int
     sampler_address: str
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., world_size: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., num_adapters: _Optional[int] = ..., max_rank: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., sampler_address: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., parallelism: _Optional[_Union[Parallelism, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., num_adapters: _Optional[int] = ..., num_resident_adapters: _Optional[int] = ..., max_adapters: _Optional[int] = ..., max_resident_adapters: _Optional[int] = ..., max_rank: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., sampler_address: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Parallelism(_message.Message):
+    __slots__ = ("world_size", "tensor", "pipeline", "data", "sequence_parallel")
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    world_size: int
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool
+    def __init__(self, world_size: _Optional[int] = ..., tensor: _Optional[int] = ..., pipeline: _Optional[int] = ..., data: _Optional[int] = ..., sequence_parallel: _Optional[bool] = ...) -> None: ...
 
 class CreateLoraAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id", "lora", "seed")
+    __slots__ = ("adapter_id", "lora", "seed", "request_id", "from_checkpoint", "fresh_optimizer")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     lora: _common_pb2.LoraConfig
     seed: int
-    def __init__(self, adapter_id: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
+    request_id: str
+    from_checkpoint: str
+    fresh_optimizer: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., seed: _Optional[int] = ..., request_id: _Optional[str] = ..., from_checkpoint: _Optional[str] = ..., fresh_optimizer: _Optional[bool] = ...) -> None: ...
 
 class CreateLoraAdapterResponse(_message.Message):
     __slots__ = ("adapter",)
@@ -102,7 +138,7 @@ class CreateLoraAdapterResponse(_message.Message):
     def __init__(self, adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ...) -> None: ...
 
 class LoraAdapter(_message.Message):
-    __slots__ = ("adapter_id", "lora", "seed", "num_parameters", "step", "published_version", "next_seq_id")
+    __slots__ = ("adapter_id", "lora", "seed", "num_parameters", "step", "published_version", "next_seq_id", "resident")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +146,7 @@ class LoraAdapter(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_VERSION_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     lora: _common_pb2.LoraConfig
     seed: int
@@ -117,7 +154,8 @@ class LoraAdapter(_message.Message):
     step: int
     published_version: int
     next_seq_id: int
-    def __init__(self, adapter_id: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., seed: _Optional[int] = ..., num_parameters: _Optional[int] = ..., step: _Optional[int] = ..., published_version: _Optional[int] = ..., next_seq_id: _Optional[int] = ...) -> None: ...
+    resident: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., seed: _Optional[int] = ..., num_parameters: _Optional[int] = ..., step: _Optional[int] = ..., published_version: _Optional[int] = ..., next_seq_id: _Optional[int] = ..., resident: _Optional[bool] = ...) -> None: ...
 
 class ListLoraAdaptersRequest(_message.Message):
     __slots__ = ()
@@ -130,14 +168,58 @@ class ListLoraAdaptersResponse(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[LoraAdapter, _Mapping]]] = ...) -> None: ...
 
 class RemoveLoraAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id",)
+    __slots__ = ("adapter_id", "request_id")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
-    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RemoveLoraAdapterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ImportAdapterWeightsRequest(_message.Message):
+    __slots__ = ("begin", "chunk", "commit")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    begin: ImportBegin
+    chunk: _common_pb2.PayloadChunk
+    commit: ImportCommit
+    def __init__(self, begin: _Optional[_Union[ImportBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ..., commit: _Optional[_Union[ImportCommit, _Mapping]] = ...) -> None: ...
+
+class ImportBegin(_message.Message):
+    __slots__ = ("adapter_id", "seq_id", "request_id", "manifest")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    seq_id: int
+    request_id: str
+    manifest: _common_pb2.AdapterManifest
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., request_id: _Optional[str] = ..., manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ...) -> None: ...
+
+class ImportCommit(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ImportAdapterWeightsResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: LoraAdapter
+    def __init__(self, adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ...) -> None: ...
+
+class LossConfig(_message.Message):
+    __slots__ = ("clip_low_threshold", "clip_high_threshold", "beta")
+    CLIP_LOW_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    CLIP_HIGH_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    clip_low_threshold: float
+    clip_high_threshold: float
+    beta: float
+    def __init__(self, clip_low_threshold: _Optional[float] = ..., clip_high_threshold: _Optional[float] = ..., beta: _Optional[float] = ...) -> None: ...
 
 class Datum(_message.Message):
     __slots__ = ("tokens", "loss_inputs")
@@ -161,16 +243,20 @@ class DatumOutput(_message.Message):
     def __init__(self, logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("adapter_id", "seq_id", "data", "loss")
+    __slots__ = ("adapter_id", "seq_id", "data", "loss", "loss_config", "request_id")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     seq_id: int
     data: _containers.RepeatedCompositeFieldContainer[Datum]
     loss: LossFunction
-    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., data: _Optional[_Iterable[_Union[Datum, _Mapping]]] = ..., loss: _Optional[_Union[LossFunction, str]] = ...) -> None: ...
+    loss_config: LossConfig
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., data: _Optional[_Iterable[_Union[Datum, _Mapping]]] = ..., loss: _Optional[_Union[LossFunction, str]] = ..., loss_config: _Optional[_Union[LossConfig, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("outputs", "metrics")
@@ -188,16 +274,20 @@ class ForwardResponse(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[DatumOutput, _Mapping]]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class ForwardBackwardRequest(_message.Message):
-    __slots__ = ("adapter_id", "seq_id", "data", "loss")
+    __slots__ = ("adapter_id", "seq_id", "data", "loss", "loss_config", "request_id")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     seq_id: int
     data: _containers.RepeatedCompositeFieldContainer[Datum]
     loss: LossFunction
-    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., data: _Optional[_Iterable[_Union[Datum, _Mapping]]] = ..., loss: _Optional[_Union[LossFunction, str]] = ...) -> None: ...
+    loss_config: LossConfig
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., data: _Optional[_Iterable[_Union[Datum, _Mapping]]] = ..., loss: _Optional[_Union[LossFunction, str]] = ..., loss_config: _Optional[_Union[LossConfig, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ForwardBackwardResponse(_message.Message):
     __slots__ = ("outputs", "metrics")
@@ -231,14 +321,16 @@ class AdamParams(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., beta1: _Optional[float] = ..., beta2: _Optional[float] = ..., eps: _Optional[float] = ..., weight_decay: _Optional[float] = ..., grad_clip_norm: _Optional[float] = ...) -> None: ...
 
 class OptimStepRequest(_message.Message):
-    __slots__ = ("adapter_id", "seq_id", "adam")
+    __slots__ = ("adapter_id", "seq_id", "adam", "request_id")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     ADAM_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     seq_id: int
     adam: AdamParams
-    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., adam: _Optional[_Union[AdamParams, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., adam: _Optional[_Union[AdamParams, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class OptimStepResponse(_message.Message):
     __slots__ = ("step", "grad_norm")
@@ -298,6 +390,26 @@ class ListOptimizerStatesResponse(_message.Message):
     states: _containers.RepeatedCompositeFieldContainer[OptimizerState]
     def __init__(self, states: _Optional[_Iterable[_Union[OptimizerState, _Mapping]]] = ...) -> None: ...
 
+class ExportOptimizerStateRequest(_message.Message):
+    __slots__ = ("adapter_id", "seq_id")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    seq_id: int
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ...) -> None: ...
+
+class ExportOptimizerStateResponse(_message.Message):
+    __slots__ = ("state", "first_moment", "second_moment", "chunk")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_MOMENT_FIELD_NUMBER: _ClassVar[int]
+    SECOND_MOMENT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    state: OptimizerState
+    first_moment: _common_pb2.AdapterManifest
+    second_moment: _common_pb2.AdapterManifest
+    chunk: _common_pb2.PayloadChunk
+    def __init__(self, state: _Optional[_Union[OptimizerState, _Mapping]] = ..., first_moment: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ..., second_moment: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ...) -> None: ...
+
 class ExportAdapterWeightsRequest(_message.Message):
     __slots__ = ("adapter_id", "seq_id", "dtype")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -317,14 +429,16 @@ class ExportAdapterWeightsResponse(_message.Message):
     def __init__(self, manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ...) -> None: ...
 
 class SyncAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id", "seq_id", "transport")
+    __slots__ = ("adapter_id", "seq_id", "transport", "request_id")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     seq_id: int
     transport: Transport
-    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class SyncAdapterResponse(_message.Message):
     __slots__ = ("version", "digest", "transport", "sent_bytes", "seconds")
@@ -339,3 +453,91 @@ class SyncAdapterResponse(_message.Message):
     sent_bytes: int
     seconds: float
     def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Checkpoint(_message.Message):
+    __slots__ = ("checkpoint_id", "adapter_id", "lora", "step", "seq_id", "created_at", "expires_at", "size_bytes", "path", "base_model_fingerprint")
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    adapter_id: str
+    lora: _common_pb2.LoraConfig
+    step: int
+    seq_id: int
+    created_at: float
+    expires_at: float
+    size_bytes: int
+    path: str
+    base_model_fingerprint: str
+    def __init__(self, checkpoint_id: _Optional[str] = ..., adapter_id: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., step: _Optional[int] = ..., seq_id: _Optional[int] = ..., created_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., size_bytes: _Optional[int] = ..., path: _Optional[str] = ..., base_model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class SaveCheckpointRequest(_message.Message):
+    __slots__ = ("adapter_id", "seq_id", "request_id", "name", "ttl_seconds")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    seq_id: int
+    request_id: str
+    name: str
+    ttl_seconds: float
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., request_id: _Optional[str] = ..., name: _Optional[str] = ..., ttl_seconds: _Optional[float] = ...) -> None: ...
+
+class SaveCheckpointResponse(_message.Message):
+    __slots__ = ("checkpoint",)
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: Checkpoint
+    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ...) -> None: ...
+
+class LoadCheckpointRequest(_message.Message):
+    __slots__ = ("adapter_id", "seq_id", "request_id", "checkpoint_id", "fresh_optimizer")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQ_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    FRESH_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    seq_id: int
+    request_id: str
+    checkpoint_id: str
+    fresh_optimizer: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., request_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., fresh_optimizer: _Optional[bool] = ...) -> None: ...
+
+class LoadCheckpointResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: LoraAdapter
+    def __init__(self, adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsResponse(_message.Message):
+    __slots__ = ("checkpoints",)
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[Checkpoint]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ...) -> None: ...
+
+class DeleteCheckpointRequest(_message.Message):
+    __slots__ = ("checkpoint_id", "request_id")
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    checkpoint_id: str
+    request_id: str
+    def __init__(self, checkpoint_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class DeleteCheckpointResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -28,6 +28,15 @@ if _version_not_supported:
 class TrainerServiceStub:
     """Trains LoRA adapters on one frozen base model and publishes them to the sampler.
 
+    Operations on an adapter run in the order of their seq_id, whatever order they arrive in; operations on different
+    adapters share passes through the model. An operation that has arrived is carried out whether or not its caller
+    waits for it.
+
+    A mutation may carry a request_id. The trainer then answers a repeated request with the response, or the error, of
+    the first, without doing it again: after a timeout or a lost connection, send the very same request once more. The
+    same request_id with another request is FAILED_PRECONDITION (REQUEST_ID_REUSED). The last 256 answers of each
+    adapter are kept, in checkpoints too.
+
     Errors carry google.rpc.ErrorInfo (domain "tinkerbell") whose reason names the cause and whose metadata holds
     the offending values; docs/errors.md lists them.
     """
@@ -63,6 +72,11 @@ class TrainerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.RemoveLoraAdapterRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.RemoveLoraAdapterResponse.FromString,
                 _registered_method=True)
+        self.ImportAdapterWeights = channel.stream_unary(
+                '/tinkerbell.v1.TrainerService/ImportAdapterWeights',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ImportAdapterWeightsRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ImportAdapterWeightsResponse.FromString,
+                _registered_method=True)
         self.Forward = channel.unary_unary(
                 '/tinkerbell.v1.TrainerService/Forward',
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ForwardRequest.SerializeToString,
@@ -88,6 +102,11 @@ class TrainerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ListOptimizerStatesRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ListOptimizerStatesResponse.FromString,
                 _registered_method=True)
+        self.ExportOptimizerState = channel.unary_stream(
+                '/tinkerbell.v1.TrainerService/ExportOptimizerState',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ExportOptimizerStateRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ExportOptimizerStateResponse.FromString,
+                _registered_method=True)
         self.ExportAdapterWeights = channel.unary_stream(
                 '/tinkerbell.v1.TrainerService/ExportAdapterWeights',
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ExportAdapterWeightsRequest.SerializeToString,
@@ -98,10 +117,39 @@ class TrainerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterResponse.FromString,
                 _registered_method=True)
+        self.SaveCheckpoint = channel.unary_unary(
+                '/tinkerbell.v1.TrainerService/SaveCheckpoint',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointResponse.FromString,
+                _registered_method=True)
+        self.LoadCheckpoint = channel.unary_unary(
+                '/tinkerbell.v1.TrainerService/LoadCheckpoint',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.LoadCheckpointRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.LoadCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/tinkerbell.v1.TrainerService/ListCheckpoints',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/tinkerbell.v1.TrainerService/DeleteCheckpoint',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.DeleteCheckpointResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer:
     """Trains LoRA adapters on one frozen base model and publishes them to the sampler.
+
+    Operations on an adapter run in the order of their seq_id, whatever order they arrive in; operations on different
+    adapters share passes through the model. An operation that has arrived is carried out whether or not its caller
+    waits for it.
+
+    A mutation may carry a request_id. The trainer then answers a repeated request with the response, or the error, of
+    the first, without doing it again: after a timeout or a lost connection, send the very same request once more. The
+    same request_id with another request is FAILED_PRECONDITION (REQUEST_ID_REUSED). The last 256 answers of each
+    adapter are kept, in checkpoints too.
 
     Errors carry google.rpc.ErrorInfo (domain "tinkerbell") whose reason names the cause and whose metadata holds
     the offending values; docs/errors.md lists them.
@@ -145,6 +193,14 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportAdapterWeights(self, request_iterator, context):
+        """Replaces an adapter's weights, or makes an adapter of them when there is none of this name: BEGIN, CHUNK...,
+        COMMIT. The optimizer starts anew. Only COMMIT changes anything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forward(self, request, context):
         """Computes per-token logprobs and the loss. No gradients.
         """
@@ -180,6 +236,14 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportOptimizerState(self, request, context):
+        """Streams an adapter's AdamW moments under the PEFT names of its tensors: the description, then for each of the two
+        moments a manifest and the payload in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportAdapterWeights(self, request, context):
         """Streams an adapter's weights under their PEFT names: first the manifest, then the payload in chunks.
         """
@@ -190,6 +254,35 @@ class TrainerServiceServicer:
     def SyncAdapter(self, request, context):
         """Publishes an adapter's current weights to the sampler as a new immutable version and answers when the
         sampler serves it. Weights that did not change since the last version keep that version and move no bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SaveCheckpoint(self, request, context):
+        """Writes an adapter with its optimizer, its place in the order of operations and its kept answers to the trainer's
+        checkpoint folder. Gradients that no OptimStep has applied are not part of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadCheckpoint(self, request, context):
+        """Takes an adapter back to one of its checkpoints, or to another adapter's of the same shape.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists whole checkpoints, oldest first. One that was not written to its end is never listed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """Deletes a checkpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,6 +316,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.RemoveLoraAdapterRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.RemoveLoraAdapterResponse.SerializeToString,
             ),
+            'ImportAdapterWeights': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportAdapterWeights,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ImportAdapterWeightsRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ImportAdapterWeightsResponse.SerializeToString,
+            ),
             'Forward': grpc.unary_unary_rpc_method_handler(
                     servicer.Forward,
                     request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ForwardRequest.FromString,
@@ -248,6 +346,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ListOptimizerStatesRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ListOptimizerStatesResponse.SerializeToString,
             ),
+            'ExportOptimizerState': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportOptimizerState,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ExportOptimizerStateRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ExportOptimizerStateResponse.SerializeToString,
+            ),
             'ExportAdapterWeights': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportAdapterWeights,
                     request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ExportAdapterWeightsRequest.FromString,
@@ -257,6 +360,26 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.SyncAdapter,
                     request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterResponse.SerializeToString,
+            ),
+            'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.SaveCheckpoint,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointResponse.SerializeToString,
+            ),
+            'LoadCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadCheckpoint,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.LoadCheckpointRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.LoadCheckpointResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.DeleteCheckpointResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +391,15 @@ def add_TrainerServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TrainerService:
     """Trains LoRA adapters on one frozen base model and publishes them to the sampler.
+
+    Operations on an adapter run in the order of their seq_id, whatever order they arrive in; operations on different
+    adapters share passes through the model. An operation that has arrived is carried out whether or not its caller
+    waits for it.
+
+    A mutation may carry a request_id. The trainer then answers a repeated request with the response, or the error, of
+    the first, without doing it again: after a timeout or a lost connection, send the very same request once more. The
+    same request_id with another request is FAILED_PRECONDITION (REQUEST_ID_REUSED). The last 256 answers of each
+    adapter are kept, in checkpoints too.
 
     Errors carry google.rpc.ErrorInfo (domain "tinkerbell") whose reason names the cause and whose metadata holds
     the offending values; docs/errors.md lists them.
@@ -398,6 +530,33 @@ class TrainerService:
             '/tinkerbell.v1.TrainerService/RemoveLoraAdapter',
             tinkerbell_dot_v1_dot_trainer__pb2.RemoveLoraAdapterRequest.SerializeToString,
             tinkerbell_dot_v1_dot_trainer__pb2.RemoveLoraAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportAdapterWeights(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/tinkerbell.v1.TrainerService/ImportAdapterWeights',
+            tinkerbell_dot_v1_dot_trainer__pb2.ImportAdapterWeightsRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.ImportAdapterWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -544,6 +703,33 @@ class TrainerService:
             _registered_method=True)
 
     @staticmethod
+    def ExportOptimizerState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tinkerbell.v1.TrainerService/ExportOptimizerState',
+            tinkerbell_dot_v1_dot_trainer__pb2.ExportOptimizerStateRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.ExportOptimizerStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ExportAdapterWeights(request,
             target,
             options=(),
@@ -587,6 +773,114 @@ class TrainerService:
             '/tinkerbell.v1.TrainerService/SyncAdapter',
             tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterRequest.SerializeToString,
             tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.TrainerService/SaveCheckpoint',
+            tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.TrainerService/LoadCheckpoint',
+            tinkerbell_dot_v1_dot_trainer__pb2.LoadCheckpointRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.LoadCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.TrainerService/ListCheckpoints',
+            tinkerbell_dot_v1_dot_trainer__pb2.ListCheckpointsRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.TrainerService/DeleteCheckpoint',
+            tinkerbell_dot_v1_dot_trainer__pb2.DeleteCheckpointRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.DeleteCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

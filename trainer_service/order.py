@@ -1,0 +1,151 @@
+"""The order of operations on one adapter.
+
+Clients pipeline: they send operation n + 1 before n has answered, and calls of one connection may overtake each other.
+So each operation carries its number, and waits here for its turn. Different adapters never wait for each other.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from service_common import errors
+from service_common.errors import ServiceError
+
+
+class NotBegun(ServiceError):
+    """The operation was refused before its turn: it did nothing and did not use its number up."""
+
+    def __init__(self, cause: ServiceError):
+        super().__init__(cause.code, cause.reason, cause.message, field=cause.field, **cause.metadata)
+
+
+class Turn:
+    """The right to go next, held inside `Turns.take`."""
+
+    def __init__(self, turns: "Turns", numbered: bool):
+        self._turns = turns
+        self._held = numbered
+
+    def pass_on(self) -> None:
+        """Lets the next operation begin before this one has ended."""
+        if self._held:
+            self._held = False
+            self._turns._pass_on()
+
+
+class Turns:
+    """Hands out the turns of one adapter in the order of `seq_id`.
+
+    `next_seq_id` is the number of the next operation to begin. `restored_step` is given for an adapter that a
+    restarted trainer took from a checkpoint; see `take`.
+    """
+
+    def __init__(
+        self,
+        adapter_id: str,
+        next_seq_id: int = 1,
+        restored_step: int | None = None,
+        gap_seconds: float = 60.0,
+    ):
+        self.next_seq_id = next_seq_id
+        self._adapter_id = adapter_id
+        self._restored_step = restored_step
+        self._gap_seconds = gap_seconds
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._held = False  # by a numbered operation that has not passed its turn on
+        self._running = 0  # operations inside take, numbered or not
+        self._clock: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def take(self, seq_id: int) -> AsyncIterator[Turn]:
+        """Waits until all operations with lower numbers have ended; `seq_id` 0 does not wait.
+
+        The number is used up once the block begins, however it ends. The task that waits here must not be cancelled;
+        `idempotency.Answers` gives every operation a task of its own.
+
+        Raises NotBegun: SEQ_ID_USED for a number that came before; SEQ_ID_GAP when a lower number is missing and for
+        `gap_seconds` no operation of the adapter ran or arrived; ADAPTER_RESTORED, at once, for a number beyond the
+        next while no operation has begun since the adapter was restored, since those between went down with the old
+        trainer; ADAPTER_NOT_FOUND when the adapter is removed while waiting.
+        """
+        if seq_id:
+            await self._wait_for(seq_id)
+        self._restored_step = None
+        self._running += 1
+        self._restart_clock()
+        turn = Turn(self, numbered=seq_id > 0)
+        try:
+            yield turn
+        finally:
+            turn.pass_on()
+            self._running -= 1
+            self._restart_clock()
+
+    def close(self) -> None:
+        """Fails everybody who waits: the adapter is gone."""
+        for future in self._waiting.values():
+            removed = errors.not_found(
+                "ADAPTER_NOT_FOUND",
+                f"adapter {self._adapter_id!r} was removed while the operation waited for its turn",
+                adapter_id=self._adapter_id,
+            )
+            future.set_exception(NotBegun(removed))
+        self._waiting.clear()
+        self._restart_clock()
+
+    async def _wait_for(self, seq_id: int) -> None:
+        if seq_id < self.next_seq_id or seq_id in self._waiting:
+            used = errors.failed_precondition(
+                "SEQ_ID_USED",
+                f"seq_id {seq_id} of adapter {self._adapter_id!r} was used already; the next one is {self.next_seq_id}",
+                adapter_id=self._adapter_id,
+                seq_id=seq_id,
+                next_seq_id=self.next_seq_id,
+            )
+            raise NotBegun(used)
+        if self._restored_step is not None and seq_id > self.next_seq_id:
+            restored = errors.failed_precondition(
+                "ADAPTER_RESTORED",
+                f"operation {seq_id} cannot follow: the trainer restarted; adapter {self._adapter_id!r} stands at step "
+                f"{self._restored_step}, next operation is {self.next_seq_id}; take a new training run from there",
+                adapter_id=self._adapter_id,
+                seq_id=seq_id,
+                next_seq_id=self.next_seq_id,
+                step=self._restored_step,
+            )
+            raise NotBegun(restored)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[seq_id] = future
+        self._begin_next()
+        self._restart_clock()
+        await future
+
+    def _pass_on(self) -> None:
+        self._held = False
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        if not self._held and (future := self._waiting.pop(self.next_seq_id, None)):
+            self._held = True
+            self.next_seq_id += 1
+            future.set_result(None)
+
+    def _restart_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+        if self._waiting and not self._running:
+            self._clock = asyncio.get_running_loop().call_later(self._gap_seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        for seq_id, future in self._waiting.items():
+            gap = errors.failed_precondition(
+                "SEQ_ID_GAP",
+                f"operation {seq_id} of adapter {self._adapter_id!r} waits for operation {self.next_seq_id}, which did "
+                f"not come within {self._gap_seconds:g} s; send {self.next_seq_id} first, then {seq_id} again",
+                adapter_id=self._adapter_id,
+                seq_id=seq_id,
+                next_seq_id=self.next_seq_id,
+            )
+            future.set_exception(NotBegun(gap))
+        self._waiting.clear()
