@@ -30,6 +30,10 @@ test: lint $(SMOLLM2) ## Lint and every test: up to 25 minutes on two cores
 test-fast: $(STAMP) ## The tests that start no engine: under a minute
 	.venv/bin/pytest -m "not engine"
 
+# The warnings are those of megatron and transformers.
+bench: $(STAMP) $(SMOLLM2) ## Measure against the alternatives; table, JSON and plot in benchmarks/results
+	.venv/bin/python -W ignore -m benchmarks.run
+
 lint: $(STAMP) ## ruff, mypy, yamllint, buf
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -56,4 +60,4 @@ clean: ## Remove outputs and caches, but neither .venv nor the models
 	rm -rf out build client/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup demo test test-fast lint protos lock clean
+.PHONY: help setup demo test test-fast bench lint protos lock clean

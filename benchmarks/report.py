@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import rich.box
 import rich.table
 
 from benchmarks.harness import Report, Row
@@ -22,13 +23,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def table(report: Report) -> rich.table.Table:
-    """For the terminal."""
-    result = rich.table.Table(title=report.machine, caption="ratio: above 1 when ours is better")
-    for column in _COLUMNS:
-        is_number = column in ("ours", "baseline", "ratio")
-        result.add_column(column, justify="right" if is_number else "left", no_wrap=column == "row")
+    """For the terminal, without the notes, which are too long for it."""
+    caption = "ratio: above 1 when ours is better"
+    result = rich.table.Table(title=report.machine, caption=caption, box=rich.box.SIMPLE_HEAD)
+    for column in _COLUMNS[:-1]:
+        result.add_column(column, justify="right" if column in ("ours", "baseline", "ratio") else "left")
     for row in report.rows:
-        result.add_row(*_cells(row))
+        result.add_row(*_cells(row)[:-1])
     return result
 
 

@@ -34,14 +34,15 @@ def main() -> None:
     for name, measure in ROWS.items():
         if not arguments.rows or name in arguments.rows:
             rows.append(measure(arguments.quick))
-            rich.print(f"{name}: {rows[-1].ratio:.2f}")
+            print(f"{name}: {rows[-1].ratio:.2f} ({rows[-1].note})", flush=True)
     measured = harness.Report(harness.machine(), harness.versions(), harness.now(), rows)
     is_complete = not (arguments.rows or arguments.quick)
     folder = harness.ROOT / ("benchmarks/results" if is_complete else "out/benchmarks")
     file = folder / f"{harness.slug(harness.processor())}.json"
     measured.write(file)
     report.draw(measured, file.with_suffix(".png"))
-    rich.print(report.table(measured), f"{file} and {file.with_suffix('.png').name}")
+    rich.print(report.table(measured))
+    print(f"{file} and {file.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

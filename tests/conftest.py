@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from processes import ServiceProcess, made_model, start_sampler, start_trainer, wait_ready
 
+from tinkerbell.local import free_address
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
@@ -28,9 +30,27 @@ def sampler_process(smollm2: Path) -> Iterator[ServiceProcess]:
 
 
 @pytest.fixture(scope="session")
-def trainer_process(smollm2: Path, sampler_process: ServiceProcess) -> Iterator[ServiceProcess]:
-    """SmolLM2 in float32, publishing to `sampler_process`."""
-    trainer = start_trainer("--model", str(smollm2), "--sampler", sampler_process.address, "--device", "cpu")
+def metrics_address() -> str:
+    """Where `trainer_process` serves its metrics."""
+    return free_address()
+
+
+@pytest.fixture(scope="session")
+def trainer_process(
+    smollm2: Path,
+    sampler_process: ServiceProcess,
+    metrics_address: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[ServiceProcess]:
+    """SmolLM2 in float32, publishing to `sampler_process`, with checkpoints and room for three adapters at a time."""
+    trainer = start_trainer(
+        f"--model={smollm2}",
+        f"--sampler={sampler_process.address}",
+        f"--checkpoints={tmp_path_factory.mktemp('checkpoints')}",
+        f"--metrics={metrics_address}",
+        "--max-resident-adapters=3",
+        "--device=cpu",
+    )
     try:
         yield wait_ready(trainer)
     finally:

@@ -46,13 +46,13 @@ def start_sampler(model: Path, *options: str) -> ServiceProcess:
     return _start("sampler_service", "tinkerbell.v1.SamplerService", "--model", str(model), *options)
 
 
-def start_trainer(*options: str) -> ServiceProcess:
-    """Starts a trainer and does not wait for it."""
-    return _start("trainer_service", "tinkerbell.v1.TrainerService", *options)
+def start_trainer(*options: str, address: str | None = None) -> ServiceProcess:
+    """Starts a trainer, on a free port unless told where, and does not wait for it."""
+    return _start("trainer_service", "tinkerbell.v1.TrainerService", *options, address=address)
 
 
-def _start(module: str, health_name: str, *options: str) -> ServiceProcess:
-    address = free_address()
+def _start(module: str, health_name: str, *options: str, address: str | None = None) -> ServiceProcess:
+    address = address or free_address()
     command = [sys.executable, "-m", module, "--listen", address, *options]
     return ServiceProcess(health_name, address, subprocess.Popen(command, cwd=ROOT))
 

@@ -208,6 +208,9 @@ class Engine:
                 scope="trainer",
                 max_adapters=self.limits.max_adapters,
             )
+        if not config.target_modules:
+            config = common_pb2.LoraConfig.FromString(config.SerializeToString())
+            config.target_modules.extend(lora.adaptable_modules(checkpoint))
         config = lora.normalized(config, self.limits.max_rank)
         shapes = dict(lora.tensor_shapes(checkpoint, config))
         if tensors is not None:

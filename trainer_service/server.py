@@ -75,7 +75,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             max_rank=engine.limits.max_rank,
             max_batch_tokens=engine.limits.max_batch_tokens,
             sampler_address=publisher.address if publisher else "",
-            target_modules=lora.TARGET_MODULES,
+            target_modules=lora.adaptable_modules(engine.checkpoint) if engine.checkpoint else (),
         )
 
     async def CreateLoraAdapter(self, request, context):

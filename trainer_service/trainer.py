@@ -34,7 +34,7 @@ from trainer_service.ranks import OnRankZero
 
 log = structlog.get_logger(__name__)
 
-_DRAIN_SECONDS = 20.0  # torchrun kills 30 s after it passed a signal on
+_DRAIN_SECONDS = 8.0  # after the calls that have a caller; torchrun kills 30 s after it passed a signal on
 
 
 @dataclass

@@ -20,32 +20,55 @@ LAYOUTS = {  # tensor, pipeline, sequence parallel; two ranks
     "data": (1, 1, 0),
     "pipeline": (1, 2, 0),
 }
+# Between them: tied and untied output layers, biases, norms of q and k, a sliding window.
+MODELS = {"tensor": "qwen3", "tensor-and-sequence": "qwen2", "data": "llama", "pipeline": "qwen2"}
 
 
-def train(model: Path, out: Path, ranks: int, layout: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    program = [str(ROOT / "tests/rank_programs/train.py"), str(model), str(out), *map(str, layout)]
+def run(program: str, ranks: int, *arguments: object) -> None:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run([*launcher, *program], cwd=ROOT, check=True, timeout=300)
-    return dict(np.load(out))
+    path = str(ROOT / "tests/rank_programs" / program)
+    subprocess.run([*launcher, path, *map(str, arguments)], cwd=ROOT, check=True, timeout=300)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def model(request) -> Path:
-    return made_model(f"tiny-{request.param}", "tiny", request.param)
+def relative_error(together: np.ndarray, alone: np.ndarray) -> float:
+    return float(np.linalg.norm(together - alone) / max(np.linalg.norm(alone), 1e-12))
 
 
 @pytest.fixture(scope="module")
-def alone(model, tmp_path_factory) -> dict[str, np.ndarray]:
-    return train(model, tmp_path_factory.mktemp("alone") / "out.npz", 1, (1, 1, 0))
+def alone(tmp_path_factory):
+    """What one rank computes with a model; once for each."""
+    results: dict[Path, dict[str, np.ndarray]] = {}
+
+    def compute(model: Path) -> dict[str, np.ndarray]:
+        if model not in results:
+            out = tmp_path_factory.mktemp("alone") / "out.npz"
+            run("train.py", 1, model, out, 1, 1, 0)
+            results[model] = dict(np.load(out))
+        return results[model]
+
+    return compute
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_compute_what_one_computes(model, alone, tmp_path, layout) -> None:
-    together = train(model, tmp_path / "out.npz", 2, LAYOUTS[layout])
-    assert together.keys() == alone.keys()
-    errors = {
-        name: np.linalg.norm(together[name] - alone[name]) / max(np.linalg.norm(alone[name]), 1e-12) for name in alone
-    }
+def test_two_ranks_compute_what_one_computes(alone, tmp_path, layout) -> None:
+    architecture = MODELS[layout]
+    model = made_model(f"tiny-{architecture}", "tiny", architecture)
+    run("train.py", 2, model, tmp_path / "out.npz", *LAYOUTS[layout])
+    together = dict(np.load(tmp_path / "out.npz"))
+    expected = alone(model)
+    assert together.keys() == expected.keys()
+    errors = {name: relative_error(together[name], expected[name]) for name in expected}
     assert max(errors.values()) <= TOLERANCE, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(tmp_path) -> None:
+    model = made_model("tiny-llama", "tiny", "llama")
+    run("resume.py", 1, model, tmp_path / "uninterrupted", 1, 1, 15, tmp_path / "whole.npz")
+    run("resume.py", 2, model, tmp_path / "checkpoints", 2, 1, 5, tmp_path / "first.npz")
+    run("resume.py", 1, model, tmp_path / "checkpoints", 1, 6, 15, tmp_path / "rest.npz")
+    whole, first, rest = (np.load(tmp_path / f"{name}.npz")["losses"] for name in ("whole", "first", "rest"))
+    assert relative_error(np.concatenate([first, rest]), whole) <= TOLERANCE
+    assert np.abs(rest / whole[5:] - 1).max() <= TOLERANCE
+    assert whole[-1] < whole[0]

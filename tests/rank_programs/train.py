@@ -40,7 +40,7 @@ def main(model: str, out: str, tensor: str, pipeline: str, sequence_parallel: st
     engine = Engine(process.device(device), Limits(), layout)
     found = checkpoint.resolve(model)
     engine.load_base_model(found, lambda stage: None)
-    results = {}
+    results: dict = {}
 
     def record(name: str, adapter_id: str, buffer_name: str) -> None:
         arena = engine._adapters[adapter_id].arena
@@ -68,7 +68,7 @@ def main(model: str, out: str, tensor: str, pipeline: str, sequence_parallel: st
         for adapter_id, result in zip(TENANTS, engine.run_pass(parts()), strict=True):
             assert result.refusal is None
             results[f"{adapter_id} logprobs {step}"] = np.concatenate(result.logprobs)
-            results[f"{adapter_id} loss {step}"] = np.array(result.sums["loss"])
+            results.setdefault(f"{adapter_id} losses", []).append(result.sums["loss"])
         for adapter_id in TENANTS:
             if step == 0:  # look at the gradients, and leave them unapplied
                 adapter = engine._adapters[adapter_id]

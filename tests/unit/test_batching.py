@@ -72,9 +72,7 @@ class Calls:
 
     def start(self, adapter_id: str, *lengths: int, backward: bool = True) -> "asyncio.Task[Computed]":
         data = [Datum(np.full(length, length), np.zeros(length, np.int64), {}) for length in lengths]
-        return asyncio.create_task(
-            self.batcher.compute(adapter_id, data, Loss.CROSS_ENTROPY, LossConfig(), backward)
-        )
+        return asyncio.create_task(self.batcher.compute(adapter_id, data, Loss.CROSS_ENTROPY, LossConfig(), backward))
 
     async def blocked(self) -> "asyncio.Task[Computed]":
         """A call whose pass is under way until `executor.gate` opens, so that others queue behind it."""

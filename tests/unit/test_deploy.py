@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from tinkerbell.v1 import sampler_pb2, trainer_pb2
+from trainer_service import trainer as trainer_module
 
 ROOT = Path(__file__).parents[2]
 RPC_SERVICES = {
@@ -74,7 +75,7 @@ def listen_port(container: dict) -> int:
 
 
 def test_documents_fit_the_schema_of_the_newest_kubernetes(documents):
-    assert len(documents) == 6
+    assert len(documents) == 7
     for document in documents.values():
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
@@ -90,7 +91,7 @@ def test_probes_ask_over_grpc_for_what_the_service_answers(name, container):
 @both_services
 def test_network_services_lead_to_the_listening_port(name, documents, workload, container):
     port = listen_port(container)
-    assert container["ports"] == [{"name": "grpc", "containerPort": port}]
+    assert {"name": "grpc", "containerPort": port} in container["ports"]
     labels = workload["spec"]["template"]["metadata"]["labels"]
     selected = [
         service["spec"]
@@ -114,6 +115,25 @@ def test_trainer_pushes_to_every_replica_of_the_sampler(documents):
     ]
 
 
+def test_checkpoints_outlive_the_pod(documents):
+    pod = documents["Deployment", "tinkerbell-trainer"]["spec"]["template"]["spec"]
+    folder = flag(pod["containers"][0], "--checkpoints")
+    (volume,) = [mount["name"] for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == folder]
+    (claim,) = [entry["persistentVolumeClaim"]["claimName"] for entry in pod["volumes"] if entry["name"] == volume]
+    assert ("PersistentVolumeClaim", claim) in documents
+
+
+def test_prometheus_finds_the_metrics_and_may_reach_them(documents):
+    template = documents["Deployment", "tinkerbell-trainer"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    host, _, port = flag(container, "--metrics").rpartition(":")
+    assert host == "0.0.0.0"
+    assert template["metadata"]["annotations"] == {"prometheus.io/scrape": "true", "prometheus.io/port": port}
+    assert {"name": "metrics", "containerPort": int(port)} in container["ports"]
+    (rule,) = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
+    assert {"port": "metrics", "protocol": "TCP"} in rule["ports"]
+
+
 def test_there_is_never_a_second_trainer(documents):
     spec = documents["Deployment", "tinkerbell-trainer"]["spec"]
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
@@ -131,7 +151,9 @@ def test_the_model_that_is_made_is_the_model_that_is_served(name, pod, container
 
 @both_services
 def test_drain_ends_before_kubernetes_kills(name, pod, container):
-    engine_shutdown = 15  # vLLM's own timeout for its processes
+    engine_shutdown = {"sampler": 15, "trainer": trainer_module._DRAIN_SECONDS}[
+        name
+    ]  # vLLM's own timeout for its processes
     assert pod["terminationGracePeriodSeconds"] > float(flag(container, "--drain-seconds")) + engine_shutdown
 
 

@@ -150,6 +150,8 @@ def adapt(model: GPTModel, routing: Routing) -> None:
         "up_proj": config.ffn_hidden_size // ranks,
         "down_proj": config.hidden_size,
     }
+    if not config.gated_linear_unit:
+        del widths["gate_proj"]
 
     def interleave_groups(outputs: list[torch.Tensor]) -> torch.Tensor:
         # Megatron's fused output holds, for each query group, its query heads, its key head and its value head.
@@ -163,7 +165,7 @@ def adapt(model: GPTModel, routing: Routing) -> None:
                     adapted = LoraLinear(
                         getattr(owner, linear),
                         (layer.layer_number - 1, linear),
-                        {module: widths[module] for module in FUSED_MODULES[linear]},
+                        {module: widths[module] for module in FUSED_MODULES[linear] if module in widths},
                         interleave_groups if linear == "linear_qkv" else lambda outputs: torch.cat(outputs, dim=-1),
                         routing,
                     )

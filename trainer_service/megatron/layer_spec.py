@@ -1,9 +1,10 @@
-"""A Megatron layer spec from PyTorch's own operations: RMSNorm, SDPA, packed sequences; no Transformer Engine.
+"""Megatron layer specs from PyTorch's own operations: norms, packed attention, experts; no Transformer Engine.
 
 Shapes: T packed tokens, Q query heads, K key-value heads, D channels per head, H hidden size.
 """
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,25 +18,50 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
+from trainer_service.megatron.families import Family
 
-class PackedSDPA(MegatronModule):
-    """Causal attention over packed sequences, one `scaled_dot_product_attention` per sequence.
+
+class PackedAttention(MegatronModule):
+    """Causal attention over packed sequences, one sequence at a time.
 
     Stands where Megatron has its DotProductAttention, which takes no packed sequences.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *, softmax_scale: float | None = None, **_):
-        """The other arguments of DotProductAttention do not matter here."""
+    # Bridge asks these how tensor parallelism cuts the sinks: by head.
+    tensor_model_parallel = True
+    partition_dim = 0
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        softmax_scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        **_,
+    ):
+        """`window`: keys that a query sees, itself included; None for all. `softcap`: scores go through
+        softcap * tanh(score / softcap), as in Gemma 2. The other arguments of DotProductAttention do not matter here.
+        """
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
-        # Megatron counts how many keys to the left a query sees besides its own.
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.window = window
+        self.softcap = softcap
+        # Logits, one per head, of a key that every query sees and that has no value, as in GPT-OSS.
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            num_heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = nn.Parameter(torch.empty(num_heads, dtype=config.params_dtype))
 
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedSeqParams, **_):
-        """`query` [T, 1, Q, D], `key` and `value` [T, 1, K, D]; returns [T, 1, Q * D]. Sequences see only themselves."""
+        """`query` [T, 1, Q, D], `key`, `value` [T, 1, K, D]; returns [T, 1, Q * D]. Each sequence sees itself only."""
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         groups = query.size(1) // key.size(1)
@@ -47,21 +73,94 @@ class PackedSDPA(MegatronModule):
         return torch.cat(outputs).flatten(1)[:, None]
 
     def _attend(self, query, key, value):
-        length = query.size(0)
-        mask = None
-        if self.window is not None and length > self.window:
-            position = torch.arange(length, device=query.device)
-            distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance < self.window)
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
-        )
+        if self.softcap is None and self.softmax_offset is None:
+            mask = self._window_mask(query.size(2), query.device)
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+            )
+        else:
+            output = self._explicit_attention(query, key, value)
         return output[0].transpose(0, 1)
+
+    def _window_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        """True where a query may look; None where it may look at all keys before it."""
+        if self.window is None or length <= self.window:
+            return None
+        position = torch.arange(length, device=device)
+        distance = position[:, None] - position[None, :]
+        return (distance >= 0) & (distance < self.window)
+
+    def _explicit_attention(self, query, key, value):
+        """What scaled_dot_product_attention has no arguments for, at the price of the scores' memory."""
+        length = query.size(2)
+        mask = self._window_mask(length, query.device)
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        scale = query.size(-1) ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        scores = query @ key.transpose(-1, -2) * scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if self.softmax_offset is not None:
+            sink = self.softmax_offset[:, None, None].expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32)[..., :length]
+        return weights.to(value.dtype) @ value
+
+
+def normalized(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: TransformerConfig
+) -> torch.Tensor:
+    """RMSNorm or LayerNorm over the last dimension, whichever the model has."""
+    shape, epsilon = (x.size(-1),), config.layernorm_epsilon
+    if config.layernorm_zero_centered_gamma:
+        # In float32, as the weights' distance from one is what is stored, and bfloat16 would round 1 + w.
+        exact = None if bias is None else bias.float()
+        return _norm(x.float(), shape, weight.float() + 1, exact, epsilon, config).to(x.dtype)
+    return _norm(x, shape, weight, bias, epsilon, config)
+
+
+def _norm(x, shape, weight, bias, epsilon, config):
+    if config.normalization == "RMSNorm":
+        return F.rms_norm(x, shape, weight, epsilon)
+    return F.layer_norm(x, shape, weight, bias, epsilon)
+
+
+def _norm_parameters(config: TransformerConfig, width: int) -> tuple[nn.Parameter, nn.Parameter | None]:
+    weight = nn.Parameter(torch.ones(width, dtype=config.params_dtype))
+    if config.normalization == "RMSNorm":
+        return weight, None
+    return weight, nn.Parameter(torch.zeros(width, dtype=config.params_dtype))
+
+
+class Norm(nn.Module):
+    """The model's norm as a module of its own."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, **_):
+        super().__init__()
+        self.config = config
+        self.weight, self.bias = _norm_parameters(config, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension of `x`."""
+        return normalized(x, self.weight, self.bias, self.config)
+
+
+class AllHeadsNorm(Norm):
+    """A q/k norm over the channels of all heads together, as in OLMoE."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, *, num_heads: int, **_):
+        """`hidden_size`: channels of one head."""
+        super().__init__(config, num_heads * hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [..., heads, D]."""
+        return super().forward(x.flatten(-2)).unflatten(-1, x.shape[-2:])
 
 
 class LocalLayerNormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm and the linear layer after it as one module, as Transformer Engine has them.
+    """A norm and the linear layer after it as one module, as Transformer Engine has them.
 
     Bridge's tables for most model families know the norm's weight only as part of such a module, and recognise the
     module by a class name that ends like this one.
@@ -69,14 +168,11 @@ class LocalLayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.layer_norm_weight = nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(config, input_size)
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of `x` [T, 1, H], which is what an adapter of this layer sees."""
-        weight: torch.Tensor = self.layer_norm_weight
-        if self.config.layernorm_zero_centered_gamma:
-            weight = weight + 1
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.layernorm_epsilon)
+        """The norm of `x` [T, 1, H], which is what an adapter of this layer sees."""
+        return normalized(x, self.layer_norm_weight, self.layer_norm_bias, self.config)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The linear layer alone."""
@@ -87,28 +183,151 @@ class LocalLayerNormColumnParallelLinear(ColumnParallelLinear):
         return self.project(self.normalize(x))
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One decoder layer of a dense model with RMSNorm."""
-    qk_norm = WrappedTorchNorm if config.qk_layernorm else IdentityOp
+class PostNormRowParallelLinear(RowParallelLinear):
+    """A linear layer that keeps, under the name Bridge has for it, the weight of the norm after it.
+
+    It does not apply the norm: an adapter's delta comes in between, so the module that owns both does.
+    """
+
+    # Without these Bridge would take the layer, by its name, for a norm, which is whole on every rank.
+    tensor_model_parallel = True
+    partition_dim = 1
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = Norm(config, output_size)
+
+
+class Attention(SelfAttention):
+    """Self-attention that may normalise its output, and choose between two rotary embeddings."""
+
+    def __init__(self, *args, two_rotary_bases: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._two_rotary_bases = two_rotary_bases
+        # Kept here as well, since adapters put another module in linear_proj's place.
+        self.post_norm = getattr(self.linear_proj, "post_layernorm", None)
+
+    def forward(self, hidden_states, attention_mask, *, rotary_pos_emb=None, **kwargs):
+        """`rotary_pos_emb`: with two bases those of the layers with a sliding window, then the others'."""
+        if self._two_rotary_bases:
+            rotary_pos_emb = rotary_pos_emb[0 if self.core_attention.window else 1]
+        output, bias = super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        return output if self.post_norm is None else self.post_norm(output), bias
+
+
+class PostNormMLP(MLP):
+    """An MLP that normalises its output."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.post_norm = self.linear_fc2.post_layernorm
+
+    def forward(self, *args, **kwargs):
+        """As MLP's."""
+        output, bias = super().forward(*args, **kwargs)
+        return self.post_norm(output), bias
+
+
+class ExpertLinear(nn.Module):
+    """One linear layer per expert. Bridge knows the tensors as weight0, weight1, ..., bias0, bias1, ..."""
+
+    # Bridge asks these how tensor parallelism cuts the weights.
+    tensor_model_parallel = True
+
+    def __init__(self, num_experts: int, input_size: int, output_size: int, config: TransformerConfig, partition_dim):
+        """Sizes are this rank's; `partition_dim`: 0 where ranks share the outputs, 1 where they share the inputs."""
+        super().__init__()
+        self.partition_dim = partition_dim
+        for expert in range(num_experts):
+            weight = torch.empty(output_size, input_size, dtype=config.params_dtype)
+            bias = torch.empty(output_size, dtype=config.params_dtype) if config.add_bias_linear else None
+            self.register_parameter(f"weight{expert}", nn.Parameter(weight))
+            self.register_parameter(f"bias{expert}", None if bias is None else nn.Parameter(bias))
+
+    def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> torch.Tensor:
+        """`x` [tokens, in], sorted by expert; returns [tokens, out]."""
+        stretches = x.split(tokens_per_expert)
+        return torch.cat(
+            [
+                F.linear(stretch, getattr(self, f"weight{expert}"), getattr(self, f"bias{expert}"))
+                for expert, stretch in enumerate(stretches)
+            ]
+        )
+
+
+class Experts(MegatronModule):
+    """The frozen, gated experts of a mixture-of-experts layer. No token is dropped, and none sees another."""
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *, pg_collection, **_):
+        super().__init__(config=config)
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        self.linear_fc1 = ExpertLinear(num_local_experts, config.hidden_size, 2 * width, config, partition_dim=0)
+        self.linear_fc2 = ExpertLinear(num_local_experts, width, config.hidden_size, config, partition_dim=1)
+
+    def forward(self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor):
+        """`hidden_states` [tokens, H], sorted by expert; `probs` [tokens]. Returns output [tokens, H] and no bias."""
+        counts = tokens_per_expert.tolist()
+        gate, up = self.linear_fc1(hidden_states, counts).chunk(2, dim=-1)
+        limit = self.config.activation_func_clamp_value
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        activated = self.config.activation_func(gate) * (up + self.config.glu_linear_offset)
+        return self.linear_fc2(activated, counts) * probs[:, None].to(hidden_states.dtype), None
+
+
+def decoder_spec(
+    config: TransformerConfig, vp_stage: int | None = None, *, family: Family, windows: Sequence[int | None]
+) -> TransformerBlockSubmodules:
+    """The decoder layers of this pipeline stage. `windows`: see PackedAttention, for each layer of the whole model."""
+    first = get_transformer_layer_offset(config, vp_stage)
+    local = range(first, first + get_num_layers_to_build(config, vp_stage))
+    specs = [_layer_spec(config, family, windows[layer], _has_experts(config, layer)) for layer in local]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+
+
+def _has_experts(config: TransformerConfig, layer: int) -> bool:
+    if config.num_moe_experts is None:
+        return False
+    if isinstance(config.moe_layer_freq, int):
+        return layer % config.moe_layer_freq == 0
+    return bool(config.moe_layer_freq[layer])
+
+
+def _layer_spec(config: TransformerConfig, family: Family, window: int | None, has_experts: bool) -> ModuleSpec:
+    before = LocalLayerNormColumnParallelLinear if family.norms != "after" else ColumnParallelLinear
+    after = PostNormRowParallelLinear if family.norms != "before" else RowParallelLinear
+    if has_experts:
+        shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        experts = MoESubmodules(experts=Experts, shared_experts=partial(SharedExpertMLP, submodules=shared))
+        mlp = partial(MoELayer, submodules=experts)
+    else:
+        dense = PostNormMLP if family.norms != "before" else MLP
+        mlp = partial(dense.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=before, linear_fc2=after))
+    attention = SelfAttentionSubmodules(
+        linear_qkv=before,
+        core_attention=partial(PackedAttention, window=window, softcap=getattr(config, "attn_logit_softcapping", None)),
+        linear_proj=after,
+        q_layernorm=_qk_norm(config, family, config.num_attention_heads),
+        k_layernorm=_qk_norm(config, family, config.num_query_groups),
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=LocalLayerNormColumnParallelLinear,
-                    core_attention=PackedSDPA,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
+                module=Attention,
+                params={"attn_mask_type": AttnMaskType.causal, "two_rotary_bases": family.two_rotary_bases},
+                submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=LocalLayerNormColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            # The linear layers of an MLP bring their norm; a router and its experts share one.
+            pre_mlp_layernorm=Norm if has_experts else IdentityOp,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _qk_norm(config: TransformerConfig, family: Family, num_heads: int):
+    if not config.qk_layernorm:
+        return IdentityOp
+    return partial(AllHeadsNorm, num_heads=num_heads) if family.qk_norm_over_all_heads else Norm

@@ -36,6 +36,6 @@ class PackedRotary(nn.Module):
     def forward(self, *args, **kwargs):
         """Angles [T, 1, 1, D], with whatever the inner one returns beside them."""
         angles = self.inner(*args, **kwargs)
-        if isinstance(angles, tuple):
-            return angles[0][self._positions], *angles[1:]
+        if isinstance(angles, tuple):  # two bases, or angles and a factor
+            return tuple(part[self._positions] if isinstance(part, torch.Tensor) else part for part in angles)
         return angles[self._positions]

@@ -1,0 +1,119 @@
+"""Mixtures of experts, and checkpoints that are refused. Float32, on the CPU.
+
+What each family computes is compared by scripts/model_table.py, whose outcome is docs/models.md.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from processes import ROOT, made_model
+
+from service_common import checkpoint
+from service_common.errors import ServiceError
+from service_common.lora import ATTENTION_MODULES
+from tinkerbell.v1 import common_pb2
+from trainer_service.engine import Engine, Limits
+from trainer_service.lora.routing import Segment
+
+pytestmark = pytest.mark.engine
+
+TOLERANCE = 1e-5
+RANKS = {"alice": 4, "bob": 8, "carol": 16}
+LENGTHS = {"alice": (40, 7), "bob": (64,), "carol": (1, 30, 25)}
+
+
+def sequences(adapter_id: str, vocab_size: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(sorted(RANKS).index(adapter_id))
+    return [rng.integers(0, vocab_size, length) for length in LENGTHS[adapter_id]]
+
+
+@pytest.fixture(scope="module", params=["tiny-qwen3_moe", "tiny-olmoe"])
+def engine(request) -> Engine:
+    """With three adapters whose B is not zero."""
+    folder = made_model(request.param, "tiny", request.param.removeprefix("tiny-"))
+    engine = Engine(torch.device("cpu"), Limits())
+    engine.load_base_model(checkpoint.resolve(str(folder)), lambda stage: None)
+    for seed, (adapter_id, rank) in enumerate(RANKS.items()):
+        config = common_pb2.LoraConfig(rank=rank, alpha=16.0, target_modules=ATTENTION_MODULES)
+        weights = engine.create_adapter(adapter_id, config, seed=seed).arena.weights
+        weights.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+    return engine
+
+
+def trained(engine: Engine, adapter_ids: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Log-probabilities and gradients of each adapter in one pass of all."""
+    arenas = {adapter.adapter_id: adapter.arena for adapter in engine.list_adapters()}
+    for arena in arenas.values():
+        arena.gradients.zero_()
+    data = {name: sequences(name, engine.checkpoint.vocab_size) for name in adapter_ids}
+    packed = [sequence for name in adapter_ids for sequence in data[name]]
+    segments = [Segment(arenas[name], sum(LENGTHS[name])) for name in adapter_ids]
+    logprobs = engine._model.token_logprobs(segments, packed, packed)
+    logprobs.sum().backward()
+    parts = logprobs.detach().split([segment.num_tokens for segment in segments])
+    gradients = {name: arenas[name].gradients.clone() for name in adapter_ids}
+    return dict(zip(adapter_ids, parts, strict=True)), gradients
+
+
+def test_tenants_of_a_mixture_of_experts_compute_what_they_compute_alone(engine: Engine) -> None:
+    logprobs, gradients = trained(engine, ["carol", "alice", "bob"])
+    for name in RANKS:
+        alone, gradient_alone = trained(engine, [name])
+        assert (logprobs[name] - alone[name]).abs().max() <= TOLERANCE
+        difference = (gradients[name] - gradient_alone[name]).norm()
+        assert gradient_alone[name].norm() > 0
+        assert difference <= TOLERANCE * gradient_alone[name].norm()
+
+
+def test_a_crowded_expert_drops_no_token(engine: Engine) -> None:
+    """Many copies of one sequence go to the same experts, which must serve all of them."""
+    tokens = sequences("bob", engine.checkpoint.vocab_size)[0]
+    with torch.no_grad():
+        alone = engine._model.logits([Segment(None, len(tokens))], [tokens])
+        crowd = engine._model.logits([Segment(None, 20 * len(tokens))], [tokens] * 20)
+    assert (crowd.view(20, *alone.shape) - alone).abs().max() <= TOLERANCE
+
+
+def refused(tmp_path: Path, config: transformers.PretrainedConfig) -> str:
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ServiceError) as caught:
+        Engine(torch.device("cpu"), Limits()).load_base_model(
+            checkpoint.resolve(str(tmp_path / "model")), lambda stage: None
+        )
+    return str(caught.value)
+
+
+SHAPE = dict(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "culprit"),
+    [
+        (transformers.LlamaConfig(**SHAPE, intermediate_size=48, attention_bias=True), "linear_qkv.bias"),
+        (transformers.OlmoeConfig(**SHAPE, intermediate_size=48, num_experts=8, norm_topk_prob=True), "norm_topk_prob"),
+        (transformers.LlamaConfig(**SHAPE, intermediate_size=48, rope_parameters=DYNAMIC), "dynamic"),
+        (transformers.OPTConfig(**SHAPE, ffn_dim=48), "OPTForCausalLM"),
+    ],
+    ids=["bias", "assumed value", "rotary scaling", "family"],
+)
+def test_what_would_compute_something_else_is_refused_by_name(tmp_path: Path, config, culprit: str) -> None:
+    assert culprit in refused(tmp_path, config)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_the_table_still_holds(architecture: str) -> None:
+    tried = subprocess.run(
+        [sys.executable, ROOT / "scripts/model_table.py", "--only", architecture],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert tried.returncode == 0, tried.stdout + tried.stderr[-2000:]
+    assert f"{architecture}: trains and matches PEFT" in tried.stdout
