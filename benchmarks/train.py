@@ -4,12 +4,12 @@ import contextlib
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import peft
-import psutil
 import torch
 import transformers
 
@@ -25,7 +25,7 @@ from trainer_service.engine import Engine, Limits
 from trainer_service.losses import Loss, LossConfig
 from trainer_service.passes import Part, PartResult
 
-RANK, ALPHA = 16, 32.0
+RANK, ALPHA = 16, 32
 NUM_TENANTS = 8
 # The steps that only clear gradients between measurements leave the weights as they are.
 STANDSTILL = AdamParams(learning_rate=0.0)
@@ -234,7 +234,7 @@ def _resident_bytes() -> int:
     """Memory that the process has, without what is free in its heap and would be used first."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return psutil.Process().memory_info().rss
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 ROWS: dict[str, Callable[[bool], Row]] = {

@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from processes import ServiceProcess, made_model, start_sampler, start_trainer, wait_ready
 
 from tinkerbell.local import free_address
+
+# How long one example takes says how busy the machine is; pytest's own timeout finds what hangs.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,6 @@ class _Call:
             loss=self.loss,
             config=self.config,
             backward=self.backward,
-            is_first=first == 0,
             is_last=self.taken == len(self.data),
         )
 
@@ -129,8 +128,8 @@ class Batcher:
         chosen = self._choose()
         parts = [call.part(count) for call, count in chosen]
         started = time.monotonic()
-        for (call, _), part in zip(chosen, parts, strict=True):
-            if part.is_first:
+        for call, count in chosen:
+            if call.taken == count:  # its first pass
                 self._metrics.queue_seconds.observe(started - call.arrived)
         results: Sequence[PartResult | Exception]
         try:

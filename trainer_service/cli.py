@@ -59,6 +59,8 @@ def run(
     logs.configure("trainer")
     # Threads that wait for work must sleep: spinning, they take the cores from a sampler on the same host.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if device is Device.CPU:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron puts some tensors on a GPU wherever it sees one
     import torch  # noqa: PLC0415  (so that --help is quick)
 
     from trainer_service import service  # noqa: PLC0415

@@ -58,25 +58,28 @@ class Adapter:
     step: int = 0
     accumulated_calls: int = 0
     last_adam: AdamParams | None = None
-    # The gradient before the ForwardBackward that is under way; None when it was zero.
+    # A ForwardBackward is under way that has had one of several passes; and the gradient before it, None for zero.
+    in_call: bool = False
     gradients_before: torch.Tensor | None = None
 
     def begin_call(self) -> None:
-        """Before the first pass of a ForwardBackward."""
-        self.gradients_before = self.arena.gradients.clone() if self.accumulated_calls else None
+        """Before each pass of a ForwardBackward; the first one counts."""
+        if not self.in_call:
+            self.in_call = True
+            self.gradients_before = self.arena.gradients.clone() if self.accumulated_calls else None
 
     def commit_call(self) -> None:
         """After its last pass."""
-        self.gradients_before = None
+        self.in_call, self.gradients_before = False, None
         self.accumulated_calls += 1
 
     def abandon_call(self) -> None:
-        """Takes the gradient back to where it was."""
-        if self.gradients_before is None:
+        """Takes the gradient back to where it was, if a pass has begun."""
+        if self.in_call and self.gradients_before is None:
             self.arena.gradients.zero_()
-        else:
+        elif self.gradients_before is not None:
             self.arena.gradients.copy_(self.gradients_before)
-            self.gradients_before = None
+        self.in_call, self.gradients_before = False, None
 
 
 @dataclass(frozen=True)
@@ -258,13 +261,12 @@ class Engine:
         """
         _, model = self._loaded()
         adapters = [self._adapter(part.adapter_id) if part.adapter_id else None for part in parts]
-        self._residency.use([adapter.arena for adapter in adapters if adapter])
+        arenas = [adapter.arena if adapter else None for adapter in adapters]
         training = [adapter for adapter, part in zip(adapters, parts, strict=True) if adapter and part.backward]
-        for adapter, part in zip(adapters, parts, strict=True):
-            if adapter and part.backward and part.is_first:
-                adapter.begin_call()
         try:
-            arenas = [adapter.arena if adapter else None for adapter in adapters]
+            self._residency.use([arena for arena in arenas if arena])
+            for adapter in training:
+                adapter.begin_call()
             results = passes.run(model, self._place, self.device, parts, arenas)
         except BaseException:
             for adapter in training:
@@ -283,6 +285,13 @@ class Engine:
         FAILED_PRECONDITION when there is none, or when its norm is not finite: it is then cleared and not applied.
         """
         adapter = self._adapter(adapter_id)
+        if adapter.in_call:
+            raise errors.failed_precondition(
+                "FORWARD_BACKWARD_RUNNING",
+                f"a ForwardBackward of adapter {adapter_id!r} is half done; number the operations, or wait for its "
+                "answer before you step",
+                adapter_id=adapter_id,
+            )
         if not adapter.accumulated_calls:
             raise errors.failed_precondition(
                 "NO_GRADIENT",

@@ -31,7 +31,6 @@ class Part:
     loss: Loss
     config: LossConfig
     backward: bool
-    is_first: bool = True
     is_last: bool = True
 
 

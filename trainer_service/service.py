@@ -83,19 +83,20 @@ async def _serve(config: TrainerConfig, engine: Engine, executor: Executor) -> i
         lambda inner: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, inner),
     )
     signalled = asyncio.create_task(rpc.until_signal())
-    await server.start()
-    if config.metrics:
-        host, _, port = config.metrics.rpartition(":")
-        prometheus_client.start_http_server(int(port), host, metrics.registry)
-    loaded = asyncio.create_task(trainer.loaded.wait())
-    waiting: set[asyncio.Task] = {signalled, loaded}
+    loading = asyncio.create_task(trainer.loaded.wait())
     if config.model is not None:
+        # Before the first request can come: those wait for adapters that are restored with the model.
         loading = asyncio.create_task(
             trainer.load_base_model(
                 config.model, lambda stage: log.info("loading", model=config.model, stage=stage.lower())
             )
         )
-        waiting = {signalled, loading}
+        await asyncio.sleep(0)
+    await server.start()
+    if config.metrics:
+        host, _, port = config.metrics.rpartition(":")
+        prometheus_client.start_http_server(int(port), host, metrics.registry)
+    waiting: set[asyncio.Task] = {signalled, loading}
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     status = 0
     for task in done:

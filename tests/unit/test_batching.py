@@ -95,10 +95,10 @@ async def test_calls_of_different_adapters_share_a_pass_and_each_gets_its_own() 
     calls = Calls()
     results = await outcomes([calls.start("a", 3, 2), calls.start("b", 5), calls.start("", 7, backward=False)])
     (parts,) = calls.executor.passes
-    assert [(part.adapter_id, part.backward, part.is_first, part.is_last) for part in parts] == [
-        ("a", True, True, True),
-        ("b", True, True, True),
-        ("", False, True, True),
+    assert [(part.adapter_id, part.backward, part.is_last) for part in parts] == [
+        ("a", True, True),
+        ("b", True, True),
+        ("", False, True),
     ]
     assert [[len(logprobs) for logprobs in result.logprobs] for result in results] == [[3, 2], [5], [7]]
     assert [result.metrics["tokens:sum"] for result in results] == [5, 5, 7]
@@ -143,7 +143,6 @@ async def test_a_call_larger_than_a_pass_is_cut_and_put_together() -> None:
     result = await calls.start("a", 6, 4, 5, 3, 25, 1)
     parts = [part for parts in calls.executor.passes for part in parts]
     assert [[len(datum) for datum in part.data] for part in parts] == [[6, 4], [5, 3], [25], [1]]
-    assert [part.is_first for part in parts] == [True, False, False, False]
     assert [part.is_last for part in parts] == [False, False, False, True]
     assert [len(logprobs) for logprobs in result.logprobs] == [6, 4, 5, 3, 25, 1]
     assert result.metrics == {"loss:sum": 12.0, "tokens:sum": 44.0}

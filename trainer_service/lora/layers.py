@@ -97,7 +97,7 @@ class LoraLinear(nn.Module):
         """x A^T of each segment, scaled: [tokens, 1, ranks of its adapter]."""
         stretches = x.split([segment.num_tokens for segment in segments])
         return [
-            _ArenaLinear.apply(stretch, adapter.a.weight, adapter.a.gradient) * adapter.scale
+            (_ArenaLinear.apply(stretch, adapter.a.weight, adapter.a.gradient) * adapter.scale).to(stretch.dtype)
             if adapter
             else stretch.new_zeros(*stretch.shape[:-1], 0)
             for stretch, adapter in zip(stretches, self._adapters(segments), strict=True)
