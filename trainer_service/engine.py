@@ -265,12 +265,12 @@ class Engine:
         training = [adapter for adapter, part in zip(adapters, parts, strict=True) if adapter and part.backward]
         try:
             self._residency.use([arena for arena in arenas if arena])
-            for adapter in training:
-                adapter.begin_call()
+            for trained in training:
+                trained.begin_call()
             results = passes.run(model, self._place, self.device, parts, arenas)
         except BaseException:
-            for adapter in training:
-                adapter.abandon_call()
+            for trained in training:
+                trained.abandon_call()
             raise
         for adapter, part, result in zip(adapters, parts, results, strict=True):
             if adapter and part.backward and result.refusal:

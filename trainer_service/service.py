@@ -83,7 +83,7 @@ async def _serve(config: TrainerConfig, engine: Engine, executor: Executor) -> i
         lambda inner: trainer_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, inner),
     )
     signalled = asyncio.create_task(rpc.until_signal())
-    loading = asyncio.create_task(trainer.loaded.wait())
+    loading: asyncio.Task = asyncio.create_task(trainer.loaded.wait())
     if config.model is not None:
         # Before the first request can come: those wait for adapters that are restored with the model.
         loading = asyncio.create_task(

@@ -11,68 +11,15 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import peft
 import pytest
-import torch
-import transformers
+from checkpoint_states import state_of, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service_common import lora
 from service_common.errors import Code, ServiceError
 from tinkerbell.v1 import common_pb2
 from trainer_service import checkpoints
 from trainer_service.checkpoints import AdapterState, CheckpointInfo, CheckpointStore, Reply
-
-HIDDEN, MLP, LAYERS = 32, 64, 2
-SHAPES = {"q_proj": (HIDDEN, HIDDEN), "v_proj": (HIDDEN // 2, HIDDEN), "down_proj": (HIDDEN, MLP)}  # (out, in)
-DEFAULT_RANK = 4
-RANK_PATTERN = {"model.layers.0.mlp.down_proj": 3, "model.layers.1.self_attn.q_proj": 6}
-ALPHA_PATTERN = {"model.layers.1.self_attn.q_proj": 5.5, "model.layers.1.mlp.down_proj": 40.0}
-
-
-def tensors_of(config: common_pb2.LoraConfig, seed: int) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(LAYERS):
-        for module in config.target_modules:
-            path = lora.module_path(layer, module)
-            rank = config.rank_pattern.get(path, config.rank)
-            out_features, in_features = SHAPES[module]
-            tensors[lora.peft_name(path, "A")] = generator.standard_normal((rank, in_features), dtype=np.float32)
-            tensors[lora.peft_name(path, "B")] = generator.standard_normal((out_features, rank), dtype=np.float32)
-    return tensors
-
-
-def config_of(rank_pattern: dict[str, int], alpha_pattern: dict[str, float], use_rslora: bool) -> common_pb2.LoraConfig:
-    return common_pb2.LoraConfig(
-        rank=DEFAULT_RANK,
-        alpha=0.5,
-        target_modules=SHAPES,
-        use_rslora=use_rslora,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
-
-
-def state_of(adapter_id: str = "alice", **changes) -> AdapterState:
-    config = config_of(RANK_PATTERN, ALPHA_PATTERN, use_rslora=True)
-    state = AdapterState(
-        adapter_id=adapter_id,
-        config=config,
-        base_model_name="models/tiny",
-        base_model_fingerprint="f" * 64,
-        seed=2**64 - 1,
-        step=7,
-        seq_id=19,
-        last_adam={"learning_rate": 0.1, "eps": 1e-12},
-        published_version=3,
-        replies=[Reply("r1", "ab", "tinkerbell.v1.OptimStepResponse", b"\x00\xff"), Reply("r2", "cd", "", b"")],
-        weights=tensors_of(config, 1),
-        exp_avg=tensors_of(config, 2),
-        exp_avg_sq=tensors_of(config, 3),
-    )
-    return dataclasses.replace(state, **changes)
 
 
 def assert_same(got: AdapterState, expected: AdapterState) -> None:
@@ -496,61 +443,3 @@ def test_clearing_leftovers_leaves_what_is_whole(store):
     assert [path.name for path in store.root.iterdir()] == ["alice"]
     assert [path.name for path in (store.root / "alice").iterdir()] == ["one"]
     assert_same(store.load("alice/one"), state_of())
-
-
-def llama() -> transformers.LlamaForCausalLM:
-    """The same weights each time."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(torch.arange(24)[None] % 17).logits
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("patterns", [({}, {}), (RANK_PATTERN, ALPHA_PATTERN)], ids=["plain", "patterns"])
-def test_peft_loads_the_folder_as_it_is(store, use_rslora, patterns):
-    rank_pattern, alpha_pattern = patterns
-    config = config_of(rank_pattern, alpha_pattern, use_rslora)
-    weights = tensors_of(config, 5)
-    path = store.save(state_of(config=config, weights=weights), "one").path
-    got = logits(peft.PeftModel.from_pretrained(llama(), path))
-
-    merged = llama()
-    unchanged = logits(merged)
-    for layer in range(LAYERS):
-        for module in SHAPES:
-            name = lora.module_path(layer, module)
-            rank = rank_pattern.get(name, DEFAULT_RANK)
-            alpha = alpha_pattern.get(name, 0.5)
-            scale = alpha / (rank**0.5 if use_rslora else rank)
-            update = scale * weights[lora.peft_name(name, "B")] @ weights[lora.peft_name(name, "A")]
-            linear = merged.get_submodule(name)
-            assert isinstance(linear, torch.nn.Linear)
-            linear.weight.data += torch.from_numpy(update)
-    expected = logits(merged)
-    assert (expected - unchanged).abs().max() > 0.1  # the adapter matters
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_adapter_config_says_what_peft_would_write():
-    ours = checkpoints.adapter_config(config_of(RANK_PATTERN, ALPHA_PATTERN, use_rslora=True), "models/tiny")
-    theirs = peft.LoraConfig.from_peft_type(**ours)
-    assert isinstance(theirs, peft.LoraConfig)
-    written = theirs.to_dict()
-    assert set(ours) <= set(written)
-    assert {key: written[key] for key in ours if key != "target_modules"} == {
-        key: value for key, value in ours.items() if key != "target_modules"
-    }
-    assert theirs.target_modules == set(SHAPES)

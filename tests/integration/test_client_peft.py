@@ -19,6 +19,8 @@ from tinkerbell.cli.commands import app
 from tinkerbell.lora import LoraConfig, peft_name
 from tinkerbell.v1 import common_pb2
 
+pytestmark = pytest.mark.engine
+
 TOKENS = torch.arange(24).reshape(2, 12) % 64
 CONFIG = dict(
     r=4,
