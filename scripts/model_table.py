@@ -34,9 +34,9 @@ from trainer_service.adamw import AdamParams
 from trainer_service.batch import Datum
 from trainer_service.engine import Engine, Limits
 from trainer_service.lora.arena import Arena
-from trainer_service.lora.routing import Segment
-from trainer_service.losses import Loss
+from trainer_service.losses import Loss, LossConfig
 from trainer_service.megatron import families, runtime  # noqa: F401  (runtime makes Megatron importable)
+from trainer_service.passes import Part
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 SECONDS = 120
@@ -140,31 +140,38 @@ def compare(folder: Path) -> tuple[str, ...]:
     modules = lora.adaptable_modules(found)
     engine.create_adapter("tried", common_pb2.LoraConfig(rank=RANK, alpha=ALPHA, target_modules=modules), seed=0)
     # One step moves B away from zero, without which A has no gradient.
-    engine.forward_backward("tried", batch(found, 1), Loss.CROSS_ENTROPY)
+    engine.run_pass([training_part(batch(found, 1))])
     engine.optim_step("tried", AdamParams(learning_rate=1e-2))
-    (adapter,) = engine.list_adapters()
+    arena = engine._adapters["tried"].arena
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(modules), lora_dropout=0.0)
     adapted = peft.get_peft_model(reference, config)
     peft.set_peft_model_state_dict(adapted, exported(engine))
-    compare_logits("logits of the exported adapter", engine, adapter.arena, adapted, batch(found, 2))
+    compare_logits("logits of the exported adapter", engine, arena, adapted, batch(found, 2))
 
     data = batch(found, 3)
-    engine.forward_backward("tried", data, Loss.CROSS_ENTROPY)
+    engine.run_pass([training_part(data)])
     loss(adapted, data).backward()
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
-            ours = adapter.arena.view(adapter.arena.gradients, name.replace(".default", ""))
+            ours = arena.view(arena.gradients, name.replace(".default", ""))
             if not (ours - parameter.grad).norm() <= TOLERANCE * parameter.grad.norm():
                 raise Mismatch("adapter gradients")
     return modules
+
+
+def training_part(data: list[Datum]) -> Part:
+    """A ForwardBackward."""
+    return Part("tried", data, Loss.CROSS_ENTROPY, LossConfig(), backward=True)
 
 
 def compare_logits(
     what: str, engine: Engine, arena: Arena | None, reference: torch.nn.Module, data: list[Datum]
 ) -> None:
     """Mismatch, naming `what`, unless all are near."""
+    from trainer_service.megatron.model import PackedSequence  # noqa: PLC0415  (after the engine has loaded)
+
     with torch.no_grad():
-        packed = engine._model.logits([Segment(arena, sum(LENGTHS))], [datum.tokens for datum in data])
+        packed = engine._model.logits([PackedSequence(arena, datum.tokens, datum.target_tokens) for datum in data])
         for datum, ours in zip(data, packed.split(LENGTHS), strict=True):
             theirs = reference(torch.from_numpy(datum.tokens)[None]).logits[0]
             if not (ours - theirs).abs().max() <= TOLERANCE:
@@ -191,7 +198,7 @@ def batch(found: checkpoint.Checkpoint, seed: int) -> list[Datum]:
         Datum(
             tokens=rng.integers(0, found.vocab_size, length),
             target_tokens=rng.integers(0, found.vocab_size, length),
-            weights=rng.uniform(0, 2, length).astype(np.float32),
+            inputs={"weights": rng.uniform(0, 2, length).astype(np.float32)},
         )
         for length in LENGTHS
     ]
@@ -203,7 +210,7 @@ def loss(model: torch.nn.Module, data: list[Datum]) -> torch.Tensor:
     for datum in data:
         logprobs = model(torch.from_numpy(datum.tokens)[None]).logits[0].log_softmax(-1)
         chosen = logprobs.gather(1, torch.from_numpy(datum.target_tokens)[:, None])[:, 0]
-        total = total - (chosen * torch.from_numpy(datum.weights)).sum()
+        total = total - (chosen * torch.from_numpy(datum.inputs["weights"])).sum()
     return total
 
 

@@ -122,10 +122,11 @@ async def test_a_name_taken_up_again_gets_new_versions(trainer, sampler, tokeniz
 
 async def test_rank_above_the_samplers_maximum_is_named(trainer, sampler) -> None:
     info = await sampler.get_backend_info()
-    manifest_rank = info.max_rank + 1
-    weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((manifest_rank, 576), "f4")}
+    rank = info.max_rank + 1
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    weights = {name.format("A"): np.zeros((rank, 576), "f4"), name.format("B"): np.zeros((576, rank), "f4")}
     with pytest.raises(InvalidArgumentError) as refusal:
-        await sampler.push_adapter("wide", 1, weights, rank=manifest_rank, alpha=1.0)
+        await sampler.push_adapter("wide", 1, weights, rank=rank, alpha=1.0)
     assert refusal.value.reason == "RANK_OUT_OF_RANGE"
     assert "wide" not in [adapter.adapter_id for adapter in await sampler.list_adapters()]
 

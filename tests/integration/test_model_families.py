@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine_calls import arena_of, forward_backward, part, random_datum
 from processes import ROOT, made_model
 
 from service_common import checkpoint
 from service_common.errors import ServiceError
 from service_common.lora import ATTENTION_MODULES
 from tinkerbell.v1 import common_pb2
+from trainer_service.batch import Datum
 from trainer_service.engine import Engine, Limits
-from trainer_service.lora.routing import Segment
 
 pytestmark = pytest.mark.engine
 
@@ -27,9 +28,9 @@ RANKS = {"alice": 4, "bob": 8, "carol": 16}
 LENGTHS = {"alice": (40, 7), "bob": (64,), "carol": (1, 30, 25)}
 
 
-def sequences(adapter_id: str, vocab_size: int) -> list[np.ndarray]:
+def data_of(adapter_id: str, vocab_size: int) -> list[Datum]:
     rng = np.random.default_rng(sorted(RANKS).index(adapter_id))
-    return [rng.integers(0, vocab_size, length) for length in LENGTHS[adapter_id]]
+    return [random_datum(rng, length, vocab_size) for length in LENGTHS[adapter_id]]
 
 
 @pytest.fixture(scope="module", params=["tiny-qwen3_moe", "tiny-olmoe"])
@@ -40,31 +41,25 @@ def engine(request) -> Engine:
     engine.load_base_model(checkpoint.resolve(str(folder)), lambda stage: None)
     for seed, (adapter_id, rank) in enumerate(RANKS.items()):
         config = common_pb2.LoraConfig(rank=rank, alpha=16.0, target_modules=ATTENTION_MODULES)
-        weights = engine.create_adapter(adapter_id, config, seed=seed).arena.weights
-        weights.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+        engine.create_adapter(adapter_id, config, seed=seed)
+        arena_of(engine, adapter_id).weights.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
     return engine
 
 
-def trained(engine: Engine, adapter_ids: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def trained(engine: Engine, adapter_ids: list[str]) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
     """Log-probabilities and gradients of each adapter in one pass of all."""
-    arenas = {adapter.adapter_id: adapter.arena for adapter in engine.list_adapters()}
-    for arena in arenas.values():
-        arena.gradients.zero_()
-    data = {name: sequences(name, engine.checkpoint.vocab_size) for name in adapter_ids}
-    packed = [sequence for name in adapter_ids for sequence in data[name]]
-    segments = [Segment(arenas[name], sum(LENGTHS[name])) for name in adapter_ids]
-    logprobs = engine._model.token_logprobs(segments, packed, packed)
-    logprobs.sum().backward()
-    parts = logprobs.detach().split([segment.num_tokens for segment in segments])
-    gradients = {name: arenas[name].gradients.clone() for name in adapter_ids}
-    return dict(zip(adapter_ids, parts, strict=True)), gradients
+    for name in RANKS:
+        arena_of(engine, name).gradients.zero_()
+    results = engine.run_pass([part(name, data_of(name, engine.checkpoint.vocab_size)) for name in adapter_ids])
+    logprobs = {name: np.concatenate(result.logprobs) for name, result in zip(adapter_ids, results, strict=True)}
+    return logprobs, {name: arena_of(engine, name).gradients.clone() for name in adapter_ids}
 
 
 def test_tenants_of_a_mixture_of_experts_compute_what_they_compute_alone(engine: Engine) -> None:
     logprobs, gradients = trained(engine, ["carol", "alice", "bob"])
     for name in RANKS:
         alone, gradient_alone = trained(engine, [name])
-        assert (logprobs[name] - alone[name]).abs().max() <= TOLERANCE
+        assert np.abs(logprobs[name] - alone[name]).max() <= TOLERANCE
         difference = (gradients[name] - gradient_alone[name]).norm()
         assert gradient_alone[name].norm() > 0
         assert difference <= TOLERANCE * gradient_alone[name].norm()
@@ -72,11 +67,10 @@ def test_tenants_of_a_mixture_of_experts_compute_what_they_compute_alone(engine:
 
 def test_a_crowded_expert_drops_no_token(engine: Engine) -> None:
     """Many copies of one sequence go to the same experts, which must serve all of them."""
-    tokens = sequences("bob", engine.checkpoint.vocab_size)[0]
-    with torch.no_grad():
-        alone = engine._model.logits([Segment(None, len(tokens))], [tokens])
-        crowd = engine._model.logits([Segment(None, 20 * len(tokens))], [tokens] * 20)
-    assert (crowd.view(20, *alone.shape) - alone).abs().max() <= TOLERANCE
+    (datum,) = data_of("bob", engine.checkpoint.vocab_size)
+    alone = forward_backward(engine, "", [datum], backward=False).logprobs[0]
+    crowd = forward_backward(engine, "", [datum] * 20, backward=False).logprobs
+    assert np.abs(np.stack(crowd) - alone).max() <= TOLERANCE
 
 
 def refused(tmp_path: Path, config: transformers.PretrainedConfig) -> str:
