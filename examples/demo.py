@@ -58,7 +58,7 @@ class Tenant:
 
 TENANTS = (
     Tenant("ada", "chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, 1e-3),
-    Tenant("grace", "needle_haystack", {"min_num_statements": 1, "max_num_statements": 1}, 1e-3),
+    Tenant("grace", "products", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, 1.5e-3),
 )
 
 
@@ -191,8 +191,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=ROOT / "out/demo")
-    parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--push-every", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--push-every", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=40, help="problems to measure accuracy on")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `with` below, which stops both services
@@ -207,27 +207,27 @@ def main() -> None:
         dtype="float32",
         log_dir=arguments.out / "logs",
     )
-    with AdapterFileWatch(ROOT) as watch:
-        rich.print(f"Starting both services on {arguments.model.name}; their logs are in {services.log_dir}")
-        with services, Progress(*columns, *readings) as progress:
-            sampler_address, trainer_address = (spec.address for spec in services.specs)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-            with (
-                TrainerClient(trainer_address) as trainer,
-                SamplerClient(sampler_address) as sampler,
-                ThreadPoolExecutor(len(TENANTS)) as threads,
-            ):
-                loops = [
-                    threads.submit(train, tenant, trainer, sampler, tokenizer, arguments, progress)
-                    for tenant in TENANTS
-                ]
-                for loop in loops:
-                    loop.result()
+    rich.print(f"Starting both services on {arguments.model.name}; their logs are in {services.log_dir}")
+    # The watch begins when adapters can: before, vLLM's compiler writes files of an adapter's size.
+    with services, AdapterFileWatch(ROOT) as watch, Progress(*columns, *readings) as progress:
+        sampler_address, trainer_address = (spec.address for spec in services.specs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+        with (
+            TrainerClient(trainer_address) as trainer,
+            SamplerClient(sampler_address) as sampler,
+            ThreadPoolExecutor(len(TENANTS)) as threads,
+        ):
+            loops = [
+                threads.submit(train, tenant, trainer, sampler, tokenizer, arguments, progress) for tenant in TENANTS
+            ]
+            for loop in loops:
+                loop.result()
     show_table(TENANTS)
     draw(TENANTS, arguments.out / "curves.png")
     outcome = summary(TENANTS, time.monotonic() - started, len(watch.adapter_files))
     (arguments.out / "summary.json").write_text(json.dumps(outcome, indent=2) + "\n")
-    rich.print(f"{arguments.out}/summary.json and curves.png; {outcome['adapter_files_written']} adapter files written")
+    written = outcome["adapter_files_written"]
+    rich.print(f"{arguments.out}/summary.json and curves.png; {written} adapter files written", *watch.adapter_files)
 
 
 if __name__ == "__main__":
