@@ -196,7 +196,8 @@ def test_checkpoints_are_saved_loaded_listed_and_deleted(fakes, trainer, run):
     named, by_step = run.save_checkpoint("first", ttl_seconds=60), run.save_checkpoint()
     run.load_checkpoint("alice/first", fresh_optimizer=True)
     assert run.load_checkpoint("alice/first").result().resident
-    assert named.result().expires_at == named.result().created_at + datetime.timedelta(minutes=1)
+    lifetime = named.result().expires_at - named.result().created_at
+    assert abs(lifetime - datetime.timedelta(minutes=1)) < datetime.timedelta(milliseconds=1)  # they are floats
     assert named.result().created_at.utcoffset() == datetime.timedelta(0)
     assert by_step.result().expires_at is None
     assert by_step.result().lora.rank == 8

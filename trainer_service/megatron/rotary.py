@@ -34,8 +34,8 @@ class PackedRotary(nn.Module):
         return self.inner.get_rotary_seq_len(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        """Angles [T, 1, 1, D], with whatever the inner one returns beside them."""
+        """Angles [T, 1, 1, D], stacked in front where a model has two bases, with whatever comes beside them."""
         angles = self.inner(*args, **kwargs)
-        if isinstance(angles, tuple):  # two bases, or angles and a factor
-            return tuple(part[self._positions] if isinstance(part, torch.Tensor) else part for part in angles)
-        return angles[self._positions]
+        if isinstance(angles, tuple):
+            return angles[0].index_select(-4, self._positions), *angles[1:]
+        return angles.index_select(-4, self._positions)
