@@ -1,18 +1,15 @@
 """A Hugging Face checkpoint as both services see it, before any engine loads it."""
 
 import functools
-import hashlib
 import json
 import math
-import struct
 from pathlib import Path
 
 import huggingface_hub
 
 from service_common import errors
 from service_common.errors import ServiceError
-
-_SAMPLE_BYTES = 4096
+from tinkerbell import safetensors_file
 
 
 class Checkpoint:
@@ -37,9 +34,9 @@ class Checkpoint:
                 f"{folder} has no .safetensors file; save the model with save_pretrained",
                 model=name,
             )
-        self._tensors: dict[str, _StoredTensor] = {}
+        self._tensors: dict[str, safetensors_file.StoredTensor] = {}
         for file in files:
-            self._tensors.update(_read_header(file))
+            self._tensors.update(safetensors_file.read_header(file).tensors)
 
     @property
     def architecture(self) -> str:
@@ -71,41 +68,8 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, dtype, shape and 4 KiB from its start, middle and end.
-
-        Sampled, since hashing 140 GB at every start would take minutes. It tells a fine-tuned model from its base.
-        """
-        sha = hashlib.sha256()
-        for name in sorted(self._tensors):
-            tensor = self._tensors[name]
-            sha.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            with tensor.file.open("rb") as file:
-                last = max(tensor.size - _SAMPLE_BYTES, 0)
-                for position in (0, last // 2, last):
-                    file.seek(tensor.start + position)
-                    sha.update(file.read(min(_SAMPLE_BYTES, tensor.size)))
-        return sha.hexdigest()
-
-
-class _StoredTensor:
-    def __init__(self, file: Path, dtype: str, shape: tuple[int, ...], start: int, size: int):
-        self.file = file
-        self.dtype = dtype
-        self.shape = shape
-        self.start = start
-        self.size = size
-
-
-def _read_header(file: Path) -> dict[str, _StoredTensor]:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    stored = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        stored[name] = _StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-    return stored
+        """See safetensors_file.fingerprint."""
+        return safetensors_file.fingerprint(self._tensors)
 
 
 def resolve(name: str) -> Checkpoint:

@@ -95,11 +95,19 @@ def write(stream: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """`BaseModelInfo.fingerprint` of a Hugging Face checkpoint: sha256 over every tensor's name, dtype, shape and 4 KiB
-    from its start, middle and end."""
+    """`fingerprint` of the Hugging Face checkpoint in a folder."""
     stored: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored.update(read_header(file).tensors)
+    return fingerprint(stored)
+
+
+def fingerprint(stored: Mapping[str, StoredTensor]) -> str:
+    """`BaseModelInfo.fingerprint`: sha256 over every tensor's name, dtype, shape and 4 KiB from its start, middle and
+    end.
+
+    Sampled, since hashing 140 GB at every start would take minutes. It tells a fine-tuned model from its base.
+    """
     sha = hashlib.sha256()
     for name, tensor in sorted(stored.items()):
         sha.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())

@@ -37,9 +37,9 @@ def main(model: str, folder: str, tensor: str, first: str, last: str, out: str) 
         tensors = Tensors(state.weights, state.exp_avg, state.exp_avg_sq)
         engine.create_adapter("ada", state.config, state.seed, tensors, state.step)
     losses = []
+    rng = np.random.default_rng(0)
+    data = [random_datum(rng, length, found.vocab_size) for length in (20, 9, 31)]
     for step in range(int(first), int(last) + 1):
-        rng = np.random.default_rng(step)
-        data = [random_datum(rng, length, found.vocab_size) for length in (20, 9, 31)]
         losses.append(forward_backward(engine, "ada", data).sums["loss"])
         assert engine.optim_step("ada", AdamParams(learning_rate=3e-3, eps=1e-4)).step == step
     tensors = engine.tensors("ada")

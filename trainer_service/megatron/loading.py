@@ -56,6 +56,7 @@ def load(
     """
     report("BUILDING")
     from megatron.bridge import AutoBridge  # noqa: PLC0415  (takes ten seconds)
+    from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: PLC0415
     from megatron.core.transformer.enums import AttnBackend  # noqa: PLC0415
 
     family = FAMILIES[checkpoint.architecture]
@@ -103,8 +104,15 @@ def load(
         return models
 
     provider.register_pre_wrap_hook(before_loading, prepend=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    # Without it Megatron does not make a tied output layer, on a stage of its own, equal to the embedding before they
+    # are loaded, which would need CUDA. After loading Bridge does.
+    groups.embd = None
     (model,) = provider.provide_distributed_model(
-        wrap_with_ddp=False, use_cpu_initialization=device.type == "cpu", mixed_precision_wrapper=None
+        wrap_with_ddp=False,
+        use_cpu_initialization=device.type == "cpu",
+        mixed_precision_wrapper=None,
+        pg_collection=groups,
     )
     report("VERIFYING")
     _prove_complete(model, checkpoint, place)
