@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 MODELS = ROOT / ".cache" / "models"
 READY_SECONDS = 300
 
+TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -39,6 +41,12 @@ def made_model(name: str, *arguments: str) -> Path:
     if not folder.is_dir():
         subprocess.run([sys.executable, ROOT / "scripts/make_models.py", *arguments, folder], check=True)
     return folder
+
+
+def rank_environment() -> dict[str, str]:
+    """For the programs that `TWO_RANKS` starts, which import this repository's packages and tests."""
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def start_sampler(model: Path, *options: str) -> ServiceProcess:

@@ -30,12 +30,12 @@ from google.protobuf import json_format
 
 from service_common import errors, lora
 from service_common.errors import ServiceError
+from tinkerbell import peft_folder
+from tinkerbell.lora import LoraConfig
 from tinkerbell.v1 import common_pb2
 from trainer_service.idempotency import Reply
 
 _FORMAT = 1
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _REPLIES = "replies.json"
 _MANIFEST = "manifest.json"
@@ -80,27 +80,6 @@ class CheckpointInfo:
     def expired(self, now: float) -> bool:
         """Whether its time has passed; `now` in seconds since 1970."""
         return 0 < self.expires_at <= now
-
-
-def adapter_config(config: common_pb2.LoraConfig, base_model_name: str) -> dict[str, Any]:
-    """What PEFT (peft.LoraConfig) expects in adapter_config.json; `config` has every field set."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "use_rslora": config.use_rslora,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "target_modules": list(config.target_modules),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "use_dora": False,
-    }
 
 
 class CheckpointStore:
@@ -183,7 +162,7 @@ class CheckpointStore:
                     Reply(**entry | {"content": base64.b64decode(entry["content"])})
                     for entry in json.loads((folder / _REPLIES).read_bytes())
                 ],
-                weights=safetensors.numpy.load_file(folder / _WEIGHTS),
+                weights=safetensors.numpy.load_file(folder / peft_folder.WEIGHTS),
                 exp_avg=_without_prefix(moments, "exp_avg."),
                 exp_avg_sq=_without_prefix(moments, "exp_avg_sq."),
                 **manifest["state"],
@@ -384,8 +363,9 @@ def _write_all(folder: Path, state: AdapterState, created_at: float, expires_at:
 
 def _contents(state: AdapterState) -> Iterator[tuple[str, bytes]]:
     """(file name, content) of all but the manifest."""
-    yield _CONFIG, json.dumps(adapter_config(state.config, state.base_model_name), indent=2).encode()
-    yield _WEIGHTS, _serialized(state.weights)
+    config = peft_folder.adapter_config(LoraConfig.from_proto(state.config), state.base_model_name)
+    yield peft_folder.CONFIG, json.dumps(config, indent=2).encode()
+    yield peft_folder.WEIGHTS, _serialized(state.weights)
     moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
     yield (
         _OPTIMIZER,

@@ -438,10 +438,15 @@ class Engine:
 
     def _loaded(self) -> "tuple[Checkpoint, BaseModel]":
         if self.checkpoint is None or self._model is None:
-            raise errors.failed_precondition(
-                "NO_BASE_MODEL", "no base model is loaded; call InitializeBaseModel or start the trainer with --model"
-            )
+            raise no_base_model()
         return self.checkpoint, self._model
+
+
+def no_base_model() -> ServiceError:
+    """FAILED_PRECONDITION that says how to get one."""
+    return errors.failed_precondition(
+        "NO_BASE_MODEL", "no base model is loaded; call InitializeBaseModel or start the trainer with --model"
+    )
 
 
 def adapter_not_found(adapter_id: str, existing: Sequence[str] | Mapping[str, object]) -> ServiceError:

@@ -23,7 +23,16 @@ from trainer_service.batch import Datum
 from trainer_service.batching import Batcher, Computed
 from trainer_service.checkpoints import AdapterState, CheckpointInfo, CheckpointStore
 from trainer_service.commands import Commands
-from trainer_service.engine import AdapterInfo, Engine, OptimizerState, Snapshot, StepResult, Tensors, adapter_not_found
+from trainer_service.engine import (
+    AdapterInfo,
+    Engine,
+    OptimizerState,
+    Snapshot,
+    StepResult,
+    Tensors,
+    adapter_not_found,
+    no_base_model,
+)
 from trainer_service.executor import Executor
 from trainer_service.idempotency import Answers, body
 from trainer_service.losses import Loss, LossConfig
@@ -381,9 +390,7 @@ class Trainer:
 
     def _base_model(self) -> Checkpoint:
         if self.engine.checkpoint is None:
-            raise errors.failed_precondition(
-                "NO_BASE_MODEL", "no base model is loaded; call InitializeBaseModel or start the trainer with --model"
-            )
+            raise no_base_model()
         return self.engine.checkpoint
 
     def _checkpoint_store(self) -> CheckpointStore:

@@ -71,15 +71,9 @@ def base_model_fingerprint(folder: Path) -> str:
     return safetensors_file.read_header(folder / WEIGHTS).metadata.get(_FINGERPRINT, "")
 
 
-def write(
-    folder: Path, lora: LoraConfig, weights: Mapping[str, np.ndarray], base_model: str, base_model_fingerprint: str
-) -> None:
-    """Makes the folder, which is there whole or not at all, for PeftModel.from_pretrained.
-
-    `weights`: float32 by PEFT name. `base_model`: a folder or a hub name. FileExistsError when there is something at
-    `folder`.
-    """
-    config = {
+def adapter_config(lora: LoraConfig, base_model: str) -> dict[str, Any]:
+    """What PEFT expects in adapter_config.json; `base_model`: a folder or a hub name."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -93,8 +87,18 @@ def write(
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": dict(lora.alpha_pattern),
     }
+
+
+def write(
+    folder: Path, lora: LoraConfig, weights: Mapping[str, np.ndarray], base_model: str, base_model_fingerprint: str
+) -> None:
+    """Makes the folder, which is there whole or not at all, for PeftModel.from_pretrained.
+
+    `weights`: float32 by PEFT name. `base_model`: a folder or a hub name. FileExistsError when there is something at
+    `folder`.
+    """
     with new_folder(folder) as temporary:
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(adapter_config(lora, base_model), indent=2) + "\n")
         with (temporary / WEIGHTS).open("wb") as stream:
             safetensors_file.write(stream, weights, {"format": "pt", _FINGERPRINT: base_model_fingerprint})
 

@@ -18,7 +18,8 @@ from checkpoint_states import (
 )
 
 from service_common import lora
-from trainer_service import checkpoints
+from tinkerbell import peft_folder
+from tinkerbell.lora import LoraConfig
 from trainer_service.checkpoints import CheckpointStore
 
 pytestmark = pytest.mark.engine
@@ -76,7 +77,8 @@ def test_peft_loads_the_folder_as_it_is(store, use_rslora, patterns):
 
 
 def test_adapter_config_says_what_peft_would_write():
-    ours = checkpoints.adapter_config(config_of(RANK_PATTERN, ALPHA_PATTERN, use_rslora=True), "models/tiny")
+    config = LoraConfig.from_proto(config_of(RANK_PATTERN, ALPHA_PATTERN, use_rslora=True))
+    ours = peft_folder.adapter_config(config, "models/tiny")
     theirs = peft.LoraConfig.from_peft_type(**ours)
     assert isinstance(theirs, peft.LoraConfig)
     written = theirs.to_dict()

@@ -4,15 +4,13 @@ Tolerance: 1e-5 relative in float32, of each array's norm.
 """
 
 import functools
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import MODELS, ROOT, made_model
+from processes import MODELS, TWO_RANKS, made_model, rank_environment
 from rank_programs import layouts
 
 from trainer_service.checkpoints import CheckpointStore
@@ -29,13 +27,8 @@ def two_ranks(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two-ranks")
     for _, architecture in layouts.LAYOUTS.values():
         made_model(f"tiny-{architecture}", "tiny", architecture)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*launcher, "-m", "rank_programs.layouts", str(MODELS), str(out)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        check=True,
-        timeout=500,
-    )
+    program = ["-m", "rank_programs.layouts", str(MODELS), str(out)]
+    subprocess.run([*TWO_RANKS, *program], env=rank_environment(), check=True, timeout=500)
     return out
 
 

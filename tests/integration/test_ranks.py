@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT
+from processes import TWO_RANKS, rank_environment
 from rank_programs import toy
 
 from trainer_service.ranks import Exit, Process
@@ -199,13 +198,8 @@ def test_a_rank_that_freezes_between_commands_is_noticed_within_three_ticks(star
 
 
 def torchrun(scenario: str, folder: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [*command, "-m", "rank_programs.toy", scenario, str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
+    program = ["-m", "rank_programs.toy", scenario, str(folder)]
+    return subprocess.Popen([*TWO_RANKS, *options, *program], env=rank_environment())
 
 
 def test_torchrun_starts_the_group_again(tmp_path) -> None:

@@ -14,37 +14,113 @@ With sequence parallelism the same sums also pass from all tokens to this rank's
 ranks hold copies of then come from this rank's tokens alone, and `Engine.optim_step` adds them up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 from torch import nn
 
-from trainer_service.lora.arena import FUSED_MODULES, LinearAdapter
+from trainer_service.lora.arena import FUSED_MODULES, Factor, LinearAdapter
 from trainer_service.lora.routing import Routing, Segment
 from trainer_service.megatron.layer_spec import LocalLayerNormColumnParallelLinear
 
+# Rows of packed tokens, and the adapter that they belong to.
+_Stretch = tuple[slice, LinearAdapter]
 
-class _ArenaLinear(torch.autograd.Function):
-    """y = x W^T, whose backward adds dL/dW to the arena.
 
-    Autograd would collect a gradient per tensor and per call; this accumulates across calls, exactly and in float32,
-    and leaves the arenas of adapters that have no tokens in the pass untouched.
+@dataclass(frozen=True)
+class _Features:
+    """Where one of the modules that Megatron has fused stands in the fused layer's output.
+
+    The output is `groups` times the same sequence of modules; in each, this module's features are `start` to `stop`.
     """
 
-    @staticmethod
-    def forward(ctx, x, weight, gradient):
-        ctx.save_for_backward(x, weight)
-        ctx.gradient = gradient
-        return F.linear(x, weight.to(x.dtype))
+    groups: int
+    start: int
+    stop: int
+
+    def of(self, output: torch.Tensor) -> torch.Tensor:
+        """A view of `output` [T, features]: [T, groups, stop - start], and [T, stop - start] for a single group."""
+        part = output.unflatten(-1, (self.groups, -1))[..., self.start : self.stop]
+        return part.squeeze(1) if self.groups == 1 else part
+
+
+# Autograd would keep a node and a gradient tensor for every matrix of every adapter. These two functions are all it
+# sees of a layer, however many adapters share the pass: gradients accumulate in the arenas across calls, exactly and in
+# float32, and arenas of adapters without tokens in the pass stay untouched.
+
+
+class _LowRanks(torch.autograd.Function):
+    """x A^T of every stretch, scaled: [T, 1, width]; zero to the right of an adapter's ranks, and between stretches."""
 
     @staticmethod
-    def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
-        ctx.gradient += grad_output.flatten(0, 1).T @ x.flatten(0, 1)
-        return grad_output @ weight.to(grad_output.dtype), None, None
+    def forward(ctx, x: torch.Tensor, stretches: Sequence[_Stretch], width: int) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.stretches = stretches
+        low_ranks = x.new_zeros(len(x), width)
+        for rows, adapter in stretches:
+            own = low_ranks[rows, : len(adapter.a.weight)]
+            torch.mm(x[rows, 0], adapter.a.weight.to(x.dtype).T, out=own)
+            own *= adapter.scale
+        return low_ranks[:, None]
+
+    @staticmethod
+    def backward(ctx, grad_low_ranks: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        for rows, adapter in ctx.stretches:
+            grad = (grad_low_ranks[rows, 0, : len(adapter.a.weight)] * adapter.scale).to(x.dtype)
+            _accumulate(adapter.a, grad, x[rows, 0])
+            torch.mm(grad, adapter.a.weight.to(x.dtype), out=grad_x[rows, 0])
+        return grad_x, None, None
+
+
+class _AddDeltas(torch.autograd.Function):
+    """The base layer's output plus low_rank B^T of every stretch: [T, 1, features]."""
+
+    @staticmethod
+    def forward(ctx, output: torch.Tensor, low_ranks: torch.Tensor, stretches: Sequence[_Stretch], features):
+        ctx.save_for_backward(low_ranks)
+        ctx.stretches, ctx.features = stretches, features
+        output = output.clone()
+        for rows, ranks, part, b in _modules(stretches, features):
+            target, weight = part.of(output[rows, 0]), b.weight.to(output.dtype)
+            if target.dim() == 2:
+                target.addmm_(low_ranks[rows, 0, ranks], weight.T)
+            else:
+                target.add_((low_ranks[rows, 0, ranks] @ weight.T).view(target.shape))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: torch.Tensor):
+        (low_ranks,) = ctx.saved_tensors
+        grad_low_ranks = torch.zeros_like(low_ranks)
+        for rows, ranks, part, b in _modules(ctx.stretches, ctx.features):
+            grad = part.of(grad_output[rows, 0]).flatten(1)
+            _accumulate(b, grad, low_ranks[rows, 0, ranks])
+            torch.mm(grad, b.weight.to(grad.dtype), out=grad_low_ranks[rows, 0, ranks])
+        return grad_output, grad_low_ranks, None, None
+
+
+def _modules(
+    stretches: Sequence[_Stretch], features: dict[str, _Features]
+) -> Iterator[tuple[slice, slice, _Features, Factor]]:
+    """Every module of every stretch: its rows, its ranks among the columns of x A^T, its features and its B."""
+    for rows, adapter in stretches:
+        start = 0
+        for (module, b), rank in zip(adapter.b.items(), adapter.ranks, strict=True):
+            yield rows, slice(start, start + rank), features[module], b
+            start += rank
+
+
+def _accumulate(factor: Factor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds to the gradient of W what y = x W^T has of it, with `grad` [T, out] of y and `x` [T, in]."""
+    if grad.dtype == factor.gradient.dtype:
+        factor.gradient.addmm_(grad.T, x)
+    else:
+        factor.gradient.add_(grad.T @ x)
 
 
 class LoraLinear(nn.Module):
@@ -54,19 +130,15 @@ class LoraLinear(nn.Module):
         self,
         base: ColumnParallelLinear | RowParallelLinear,
         key: tuple[int, str],
-        widths: dict[str, int],
-        assemble: Callable[[list[torch.Tensor]], torch.Tensor],
+        features: dict[str, _Features],
         routing: Routing,
     ):
-        """`key`: the layer's number and Megatron's name; `widths`: this rank's output features of each fused module;
-        `assemble`: puts the modules' outputs, in this order, into the order of the base layer's output.
-        """
+        """`key`: the layer's number and Megatron's name; `features`: this rank's, of each fused module."""
         super().__init__()
         self.base = base
         self._config = base.config
         self._key = key
-        self._widths = widths
-        self._assemble = assemble
+        self._features = features
         self._routing = routing
         self._by_input = key[1] in ("linear_proj", "linear_fc2")
 
@@ -78,100 +150,74 @@ class LoraLinear(nn.Module):
         else:
             output, bias = self.base(x)
         routing = self._routing
-        if not any(self._adapters(routing.segments)):
+        width = max((len(adapter.a.weight) for _, adapter in self._stretches(routing.segments)), default=0)
+        if not width:
             return output, bias
-        before, after = routing.local_segments, routing.segments
+        before, after = self._stretches(routing.local_segments), self._stretches(routing.segments)
         if self._by_input:
             before, after = after, before
-        low_ranks = self._across_ranks(self._low_ranks(x, before), after)
-        deltas = [
-            self._delta(low_rank, adapter) if adapter else output.new_zeros(*low_rank.shape[:-1], output.size(-1))
-            for low_rank, adapter in zip(low_ranks, self._adapters(after), strict=True)
-        ]
-        return output + (deltas[0] if len(deltas) == 1 else torch.cat(deltas)), bias
+        low_ranks = self._across_ranks(_LowRanks.apply(x, before, width))
+        return _AddDeltas.apply(output, low_ranks, after, self._features), bias
 
-    def _adapters(self, segments: Sequence[Segment]) -> list[LinearAdapter | None]:
-        return [segment.arena.linears.get(self._key) if segment.arena else None for segment in segments]
+    def _stretches(self, segments: Sequence[Segment]) -> list[_Stretch]:
+        """The segments whose adapters adapt this layer."""
+        stretches = []
+        start = 0
+        for segment in segments:
+            rows = slice(start, start + segment.num_tokens)
+            adapter = segment.arena.linears.get(self._key) if segment.arena else None
+            if adapter is not None:
+                stretches.append((rows, adapter))
+            start = rows.stop
+        return stretches
 
-    def _low_ranks(self, x: torch.Tensor, segments: Sequence[Segment]) -> list[torch.Tensor]:
-        """x A^T of each segment, scaled: [tokens, 1, ranks of its adapter]."""
-        stretches = x.split([segment.num_tokens for segment in segments])
-        return [
-            (_ArenaLinear.apply(stretch, adapter.a.weight, adapter.a.gradient) * adapter.scale).to(stretch.dtype)
-            if adapter
-            else stretch.new_zeros(*stretch.shape[:-1], 0)
-            for stretch, adapter in zip(stretches, self._adapters(segments), strict=True)
-        ]
-
-    def _across_ranks(self, low_ranks: list[torch.Tensor], after: Sequence[Segment]) -> list[torch.Tensor]:
-        """The sums that the module's docstring speaks of, in one collective for all segments."""
+    def _across_ranks(self, low_ranks: torch.Tensor) -> torch.Tensor:
+        """The sums that the module's docstring speaks of, in one collective for all adapters."""
         config = self._config
         if config.tensor_model_parallel_size == 1:
             return low_ranks
-        widths = [sum(adapter.ranks) if adapter else 0 for adapter in self._adapters(after)]
-        widest = max(sum(adapter.ranks) for adapter in self._adapters(self._routing.segments) if adapter)
-        packed = torch.cat([F.pad(low_rank, (0, widest - low_rank.size(-1))) for low_rank in low_ranks])
         if self._by_input and config.sequence_parallel:
-            packed = mappings.reduce_scatter_to_sequence_parallel_region(packed)
-        elif self._by_input:
-            packed = mappings.reduce_from_tensor_model_parallel_region(packed)
-        elif config.sequence_parallel:
-            packed = mappings.gather_from_sequence_parallel_region(packed)
-        else:
-            packed = mappings.copy_to_tensor_model_parallel_region(packed)
-        stretches = packed.split([segment.num_tokens for segment in after])
-        return [stretch[..., :width] for stretch, width in zip(stretches, widths, strict=True)]
-
-    def _delta(self, low_rank: torch.Tensor, adapter: LinearAdapter) -> torch.Tensor:
-        low_ranks = dict(zip(adapter.b, low_rank.split(adapter.ranks, dim=-1), strict=True))
-        outputs = []
-        for module, width in self._widths.items():
-            if module in adapter.b:
-                b = adapter.b[module]
-                outputs.append(_ArenaLinear.apply(low_ranks[module], b.weight, b.gradient))
-            else:
-                outputs.append(low_rank.new_zeros(*low_rank.shape[:-1], width))
-        return self._assemble(outputs)
+            return mappings.reduce_scatter_to_sequence_parallel_region(low_ranks)
+        if self._by_input:
+            return mappings.reduce_from_tensor_model_parallel_region(low_ranks)
+        if config.sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(low_ranks)
+        return mappings.copy_to_tensor_model_parallel_region(low_ranks)
 
 
 def adapt(model: GPTModel, routing: Routing) -> None:
     """Replaces every linear layer of a GPTModel's decoder that adapters can target."""
-    config = model.config
-    ranks = config.tensor_model_parallel_size
-    query_groups = config.num_query_groups // ranks
-    query_width = config.num_attention_heads * config.kv_channels // ranks
-    key_width = query_groups * config.kv_channels
-    widths = {
-        "q_proj": query_width,
-        "k_proj": key_width,
-        "v_proj": key_width,
-        "o_proj": config.hidden_size,
-        "gate_proj": config.ffn_hidden_size // ranks,
-        "up_proj": config.ffn_hidden_size // ranks,
-        "down_proj": config.hidden_size,
-    }
-    if not config.gated_linear_unit:
-        del widths["gate_proj"]
-
-    def interleave_groups(outputs: list[torch.Tensor]) -> torch.Tensor:
-        # Megatron's fused output holds, for each query group, its query heads, its key head and its value head.
-        grouped = [output.unflatten(-1, (query_groups, -1)) for output in outputs]
-        return torch.cat(grouped, dim=-1).flatten(-2)
-
+    features = _features(model)
     for layer in model.decoder.layers:
         for owner in (layer.self_attention, layer.mlp):
             for linear in FUSED_MODULES:
                 if hasattr(owner, linear):
-                    adapted = LoraLinear(
-                        getattr(owner, linear),
-                        (layer.layer_number - 1, linear),
-                        {module: widths[module] for module in FUSED_MODULES[linear] if module in widths},
-                        interleave_groups if linear == "linear_qkv" else lambda outputs: torch.cat(outputs, dim=-1),
-                        routing,
-                    )
-                    setattr(owner, linear, adapted)
+                    key = (layer.layer_number - 1, linear)
+                    setattr(owner, linear, LoraLinear(getattr(owner, linear), key, features[linear], routing))
     # All parameters are frozen, so without this autograd would see nothing to differentiate.
     if model.pre_process:
         model.embedding.register_forward_hook(
             lambda module, inputs, output: output.detach().requires_grad_(torch.is_grad_enabled())
         )
+
+
+def _features(model: GPTModel) -> dict[str, dict[str, _Features]]:
+    """For each of Megatron's linear layers, where its modules stand in this rank's part of the output."""
+    config = model.config
+    ranks = config.tensor_model_parallel_size
+    groups = config.num_query_groups // ranks
+    width = config.kv_channels
+    queries = config.num_attention_heads // config.num_query_groups * width
+    hidden, inner = config.hidden_size, config.ffn_hidden_size // ranks
+    gate = inner if config.gated_linear_unit else 0
+    return {
+        # For each query group its query heads, its key head and its value head.
+        "linear_qkv": {
+            "q_proj": _Features(groups, 0, queries),
+            "k_proj": _Features(groups, queries, queries + width),
+            "v_proj": _Features(groups, queries + width, queries + 2 * width),
+        },
+        "linear_proj": {"o_proj": _Features(1, 0, hidden)},
+        "linear_fc1": {"gate_proj": _Features(1, 0, gate), "up_proj": _Features(1, gate, gate + inner)},
+        "linear_fc2": {"down_proj": _Features(1, 0, hidden)},
+    }
