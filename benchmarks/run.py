@@ -15,7 +15,7 @@ import rich
 from benchmarks import harness, report
 
 # As the trainer's command line has it; it must be set before PyTorch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from benchmarks import train
 
 ROWS = train.ROWS

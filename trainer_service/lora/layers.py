@@ -69,7 +69,9 @@ class _LowRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_low_ranks: torch.Tensor):
         (x,) = ctx.saved_tensors
-        grad_x = torch.zeros_like(x)
+        grad_x = torch.empty_like(x)
+        for rows in _between(ctx.stretches, len(x)):
+            grad_x[rows] = 0
         for rows, adapter in ctx.stretches:
             grad = (grad_low_ranks[rows, 0, : len(adapter.a.weight)] * adapter.scale).to(x.dtype)
             _accumulate(adapter.a, grad, x[rows, 0])
@@ -102,6 +104,17 @@ class _AddDeltas(torch.autograd.Function):
             _accumulate(b, grad, low_ranks[rows, 0, ranks])
             torch.mm(grad, b.weight.to(grad.dtype), out=grad_low_ranks[rows, 0, ranks])
         return grad_output, grad_low_ranks, None, None
+
+
+def _between(stretches: Sequence[_Stretch], num_tokens: int) -> Iterator[slice]:
+    """The rows of no stretch."""
+    start = 0
+    for rows, _ in stretches:
+        if rows.start > start:
+            yield slice(start, rows.start)
+        start = rows.stop
+    if num_tokens > start:
+        yield slice(start, num_tokens)
 
 
 def _modules(

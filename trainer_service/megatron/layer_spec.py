@@ -4,6 +4,7 @@ Shapes: T packed tokens, Q query heads, K key-value heads, D channels per head, 
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -28,7 +29,7 @@ from trainer_service.megatron.families import Family
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences, one sequence at a time.
+    """Causal attention over packed sequences.
 
     Stands where Megatron has its DotProductAttention, which takes no packed sequences.
     """
@@ -63,17 +64,22 @@ class PackedAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedSeqParams, **_):
         """`query` [T, 1, Q, D], `key`, `value` [T, 1, K, D]; returns [T, 1, Q * D]. Each sequence sees itself only."""
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        # Sequences of one length that follow each other are one batch: [N, L, heads, D].
+        batches = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
         query, key, value = query[:, 0], key[:, 0], value[:, 0]
         groups = query.size(1) // key.size(1)
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        stretches = [tensor.split([math.prod(shape) for shape in batches]) for tensor in (query, key, value)]
         outputs = [
-            self._attend(query[start:end], key[start:end], value[start:end])
-            for start, end in itertools.pairwise(bounds)
+            self._attend(*(stretch.unflatten(0, shape) for stretch in stretches_of_batch)).flatten(0, 1)
+            for shape, *stretches_of_batch in zip(batches, *stretches, strict=True)
         ]
         return torch.cat(outputs).flatten(1)[:, None]
 
     def _attend(self, query, key, value):
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        """All [N, L, heads, D]."""
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if self.softcap is None and self.softmax_offset is None:
             mask = self._window_mask(query.size(2), query.device)
             output = F.scaled_dot_product_attention(
@@ -81,7 +87,7 @@ class PackedAttention(MegatronModule):
             )
         else:
             output = self._explicit_attention(query, key, value)
-        return output[0].transpose(0, 1)
+        return output.transpose(1, 2)
 
     def _window_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
         """True where a query may look; None where it may look at all keys before it."""

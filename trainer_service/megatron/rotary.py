@@ -37,10 +37,5 @@ class PackedRotary(nn.Module):
         """Angles [T, 1, 1, D], stacked in front where a model has two bases, with whatever comes beside them."""
         angles = self.inner(*args, **kwargs)
         if isinstance(angles, tuple):
-            return self._of_tokens(angles[0]), *angles[1:]
-        return self._of_tokens(angles)
-
-    def _of_tokens(self, angles: torch.Tensor) -> torch.Tensor:
-        assert self._positions is not None
-        # Megatron makes them on a GPU where there is one, wherever the model is.
-        return angles.to(self._positions.device).index_select(-4, self._positions)
+            return angles[0].index_select(-4, self._positions), *angles[1:]
+        return angles.index_select(-4, self._positions)
