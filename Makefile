@@ -24,7 +24,7 @@ $(SMOLLM2): | $(STAMP)
 demo: $(STAMP) $(SMOLLM2) ## Train and sample with both services on this machine; results in out/demo
 	.venv/bin/python -W ignore::SyntaxWarning -m examples.demo
 
-test: lint $(SMOLLM2) ## Lint and every test: 30 to 40 minutes on two cores
+test: lint $(SMOLLM2) ## Lint and every test: 25 minutes on two cores
 	.venv/bin/pytest
 
 test-fast: $(STAMP) ## The tests that start no engine: under a minute

@@ -191,9 +191,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct")
     parser.add_argument("--out", type=Path, default=ROOT / "out/demo")
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--push-every", type=int, default=16)
-    parser.add_argument("--held-out", type=int, default=40, help="problems to measure accuracy on")
+    parser.add_argument("--held-out", type=int, default=25, help="problems to measure accuracy on")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the `with` below, which stops both services
     started = time.monotonic()

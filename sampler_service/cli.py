@@ -9,7 +9,6 @@ import typer
 
 from sampler_service import environment
 from sampler_service.config import SamplerConfig
-from sampler_service.service import serve
 from service_common import logs
 
 
@@ -42,6 +41,8 @@ def run(
     """Serves a base model and the LoRA adapters that are pushed to it."""
     logs.configure("sampler")
     environment.prepare()
+    from sampler_service.service import serve  # noqa: PLC0415  (so that --help is quick)
+
     config = SamplerConfig(
         model=model,
         dtype=dtype.value,
