@@ -126,14 +126,14 @@ def loss_function(loss: Loss) -> trainer_pb2.LossFunction:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Numbers that a loss takes; the defaults are the service's."""
+    """Numbers that a loss takes; what is None is the loss's own default."""
 
-    clip_low_threshold: float = 0.8
-    """ppo and cispo: clip(ratio) is at least this. Finite, >= 0."""
-    clip_high_threshold: float = 1.2
-    """ppo and cispo: clip(ratio) is at most this. Finite, >= clip_low_threshold."""
-    beta: float = 0.05
-    """dro: finite, >= 0."""
+    clip_low_threshold: float | None = None
+    """ppo and cispo: clip(ratio) is at least this. Finite, >= 0. 0.8 for ppo, 0 for cispo."""
+    clip_high_threshold: float | None = None
+    """ppo and cispo: clip(ratio) is at most this. Finite, >= clip_low_threshold. 1.2 for ppo, 4 for cispo."""
+    beta: float | None = None
+    """dro: finite, >= 0. 0.05."""
 
     def to_proto(self) -> trainer_pb2.LossConfig:
         """The message for Forward and ForwardBackward."""
