@@ -144,7 +144,8 @@ def test_export_gives_the_same_logits_in_peft_and_not_the_base_models(trainee: T
         reference = adapted_reference(trainee, "exported")
         for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
             tokens = torch.from_numpy(datum.tokens)[None]
-            assert (ours - reference(tokens).logits[0]).abs().max() <= TOLERANCE
+            # Of the norm: on SmolLM2, whose logits reach 35, float32 itself is 1e-4 from float64 at single ones.
+            assert relative_error(ours, reference(tokens).logits[0]) <= TOLERANCE / 10
             with reference.disable_adapter():
                 assert (ours - reference(tokens).logits[0]).abs().max() > 100 * TOLERANCE
     trainee.engine.remove_adapter("exported")
