@@ -1,0 +1,101 @@
+"""What ranks on GPUs compute in bfloat16, beside one GPU rank and one CPU rank in float32. Prints a table.
+
+PYTHONPATH=.:tests python -m rank_programs.gpus
+
+One GPU is enough: both ranks share it then. NCCL wants a GPU for each rank, so gloo carries the tensors, those between
+the stages of a pipeline by way of the host.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from processes import MODELS, TWO_RANKS, made_model, rank_environment
+from rank_programs import layouts
+from torch import distributed
+
+from trainer_service.parallel import Layout
+from trainer_service.ranks import Process
+
+type Results = dict[str, np.ndarray]
+
+
+def share_one_gpu() -> None:
+    """Lets several ranks use the same GPU."""
+    send, receive = distributed.send, distributed.recv
+
+    def receive_through_host(tensor: torch.Tensor, *args, **options) -> None:
+        on_host = tensor.cpu()
+        receive(on_host, *args, **options)
+        tensor.copy_(on_host)
+
+    def join(process: Process, device: torch.device) -> None:
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo")
+
+    distributed.send = lambda tensor, *args, **options: send(tensor.cpu(), *args, **options)
+    distributed.recv = receive_through_host
+    Process.join = join
+    Process.device = lambda process, kind: torch.device(kind, 0)
+
+
+def difference_of_logprobs(results: Results, reference: Results) -> float:
+    """The mean absolute difference over all tenants, steps and tokens."""
+    names = [name for name in reference if " logprobs " in name]
+    return float(np.mean(np.abs(np.concatenate([results[name] - reference[name] for name in names]))))
+
+
+def difference_of_gradients(results: Results, reference: Results) -> str:
+    """The least and the largest over the tenants, relative to the gradient's norm."""
+    names = [name for name in reference if name.endswith(" gradients")]
+    errors = [np.linalg.norm(results[name] - reference[name]) / np.linalg.norm(reference[name]) for name in names]
+    return f"{min(errors):.1%} to {max(errors):.1%}"
+
+
+def main() -> None:
+    """Has all work done in processes of their own, and prints what came of it."""
+    for architecture in {architecture for _, architecture in layouts.LAYOUTS.values()}:
+        made_model(f"tiny-{architecture}", "tiny", architecture)
+    program = ["-m", "rank_programs.gpus"]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def computed(out: str, command: list[str], **environment: str) -> dict[str, Results]:
+            (Path(folder) / out).mkdir()
+            command = [*command, *program, f"{folder}/{out}"]
+            subprocess.run(command, env=rank_environment() | environment, check=True)
+            return {name: dict(np.load(f"{folder}/{out}/{name}.npz")) for name in layouts.LAYOUTS}
+
+        # Megatron would compute some things on a GPU that it sees.
+        on_cpu = computed("cpu", [sys.executable], CUDA_VISIBLE_DEVICES="")
+        on_gpu = computed("gpu", [sys.executable])
+        two_ranks = computed("two", [*TWO_RANKS])
+    shared = "which both ranks share, over gloo" if torch.cuda.device_count() == 1 else "one for each rank, over NCCL"
+    print(f"On {torch.cuda.get_device_name()}, {shared}; torch {torch.__version__}\n")
+    print("| ranks | model | log-probabilities to CPU | of one GPU rank | gradients to one GPU rank |")
+    print("|---|---|---|---|---|")
+    for name, (_, architecture) in layouts.LAYOUTS.items():
+        print(
+            f"| {name} | {architecture} | {difference_of_logprobs(two_ranks[name], on_cpu[name]):.4f} "
+            f"| {difference_of_logprobs(on_gpu[name], on_cpu[name]):.4f} "
+            f"| {difference_of_gradients(two_ranks[name], on_gpu[name])} |"
+        )
+
+
+def work(out: Path) -> None:
+    """What each rank does, or a process on its own."""
+    if "RANK" not in os.environ:
+        layouts.LAYOUTS.update({name: (Layout(), model) for name, (_, model) in layouts.LAYOUTS.items()})
+    elif torch.cuda.device_count() == 1:
+        share_one_gpu()
+    layouts.main(MODELS, out, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        work(Path(sys.argv[1]))
+    else:
+        main()
