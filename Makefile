@@ -9,7 +9,7 @@ SMOLLM2 := .cache/models/SmolLM2-135M-Instruct
 export HF_HUB_OFFLINE := 1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv from the lock; instant when nothing has changed
 
@@ -25,7 +25,10 @@ demo: $(STAMP) $(SMOLLM2) ## Train and sample with both services on this machine
 	.venv/bin/python -W ignore::SyntaxWarning -m examples.demo
 
 test: lint $(SMOLLM2) ## Lint and every test: 25 minutes on two cores
-	.venv/bin/pytest
+	.venv/bin/pytest -m "not faults"
+
+test-faults: $(STAMP) $(SMOLLM2) ## Kill services at every point of a push; docs/faults.md has the last result
+	.venv/bin/pytest -m faults tests/faults
 
 test-fast: $(STAMP) ## The tests that start no engine: under a minute
 	.venv/bin/pytest -m "not engine" tests/unit  # the other folders' imports alone take half a minute
@@ -60,4 +63,4 @@ clean: ## Remove outputs and caches, but neither .venv nor the models
 	rm -rf out build client/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup demo test test-fast bench lint protos lock clean
+.PHONY: help setup demo test test-fast test-faults bench lint protos lock clean

@@ -36,6 +36,9 @@ def run(
         int | None, typer.Option(min=2, help="Longest sequence in tokens. As long as the model can, if not given.")
     ] = None,
     kv_cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values, on a CPU only.")] = 1.0,
+    await_trainer: Annotated[
+        bool, typer.Option(help="Report ready only when the trainer has brought every adapter up to date.")
+    ] = False,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long running calls may go on after SIGTERM.")] = 30.0,
 ) -> None:
     """Serves a base model and the LoRA adapters that are pushed to it."""
@@ -51,6 +54,7 @@ def run(
         keep_versions=keep_versions,
         max_model_len=max_model_len,
         kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+        await_trainer=await_trainer,
     )
     sys.exit(asyncio.run(serve(config, listen, drain_seconds)))
 

@@ -14,6 +14,7 @@ class SamplerConfig:
     keep_versions: live versions kept per adapter besides those with running requests.
     max_model_len: longest sequence in tokens, None for as long as the model can.
     kv_cache_bytes: memory for keys and values on a CPU; on a GPU vLLM takes what is left.
+    await_trainer: not to report ready before the trainer has brought it up to date.
     """
 
     model: str
@@ -23,3 +24,4 @@ class SamplerConfig:
     keep_versions: int
     max_model_len: int | None
     kv_cache_bytes: int
+    await_trainer: bool

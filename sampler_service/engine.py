@@ -24,7 +24,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from sampler_service.config import SamplerConfig
 from sampler_service.requests import Delta, Finish, Position, Sampling
-from sampler_service.staging import StagingBuffer
 from sampler_service.versions import Version
 from service_common import errors
 from service_common.checkpoint import Checkpoint
@@ -165,18 +164,21 @@ class Engine:
             [entry[token].logprob for token, entry in zip(tokens[1:], prompt_logprobs[1:], strict=True)], np.float32
         )
 
-    async def install(self, version: Version, specs: Sequence[common_pb2.TensorSpec], buffer: StagingBuffer) -> None:
+    async def install(self, version: Version) -> None:
         """Brings a version's tensors into every worker and proves that vLLM can load it; or leaves nothing anywhere.
 
         INVALID_ARGUMENT when a number is not finite.
         """
-        layout = [(spec.name, tensors.dtype_name(spec.dtype), list(spec.shape), spec.offset) for spec in specs]
+        layout = [
+            (spec.name, tensors.dtype_name(spec.dtype), list(spec.shape), spec.offset)
+            for spec in version.manifest.tensors
+        ]
         try:
             answers = await self._on_all_ranks(
                 "tinkerbell_stage",
                 version.uri,
-                buffer.path,
-                buffer.size_bytes,
+                version.payload.path,
+                version.payload.size_bytes,
                 version.lora.rank,
                 version.lora.alpha,
                 layout,
@@ -196,7 +198,7 @@ class Engine:
             raise
 
     def drop(self, version: Version) -> None:
-        """Frees a version's memory in every worker, soon. Its last request must have ended."""
+        """Frees a version's memory, here and in every worker, soon. Its last request must have ended."""
         task = asyncio.create_task(self._drop(version))
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
@@ -208,6 +210,7 @@ class Engine:
     async def _drop(self, version: Version) -> None:
         await asyncio.sleep(_DROP_GRACE_SECONDS)
         await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
+        version.payload.close()
         log.info("version_dropped", adapter_id=version.adapter_id, version=version.version)
 
     async def _on_all_ranks(self, method: str, *arguments: Any) -> list[Any]:

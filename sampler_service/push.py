@@ -1,14 +1,15 @@
-"""A version on its way in: announced, received, proven, installed; or gone without a trace."""
+"""A version on its way in: announced, received, proven, ready on every rank, live; or gone without a trace."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
 from sampler_service.staging import StagingBuffer
 from sampler_service.versions import Registry, Version
-from service_common import errors
+from service_common import errors, failpoints
 from service_common.checkpoint import Checkpoint
 from service_common.lora import check_adapter_id, check_manifest, normalized
 from tinkerbell import payload
@@ -16,8 +17,10 @@ from tinkerbell.v1 import common_pb2
 
 log = structlog.get_logger(__name__)
 
-# Brings a version's tensors from the buffer into every worker, or into none.
-Install = Callable[[Version, Sequence[common_pb2.TensorSpec], StagingBuffer], Awaitable[None]]
+# Brings a version into every worker, or into none.
+Install = Callable[[Version], Coroutine[Any, Any, None]]
+# Frees a version that is in the workers.
+Drop = Callable[[Version], None]
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,13 @@ class AlreadyLive:
 class Pushes:
     """Opens pushes, one at a time per adapter."""
 
-    def __init__(self, checkpoint: Checkpoint, max_rank: int, registry: Registry, install: Install):
+    def __init__(self, checkpoint: Checkpoint, max_rank: int, registry: Registry, install: Install, drop: Drop):
         """`checkpoint`: the base model; `max_rank`: the largest rank that a push may have."""
         self._checkpoint = checkpoint
         self._max_rank = max_rank
         self._registry = registry
         self._install = install
+        self._drop = drop
         self._open: set[str] = set()
 
     def begin(self, adapter_id: str, version: int, manifest: common_pb2.AdapterManifest) -> "Push | AlreadyLive":
@@ -59,11 +63,11 @@ class Pushes:
         announced = Version(
             adapter_id=adapter_id,
             version=version,
-            digest=manifest.digest,
+            manifest=manifest,
+            payload=StagingBuffer(manifest.size_bytes),
             lora=normalized(manifest.lora, self._max_rank),
-            size_bytes=manifest.size_bytes,
         )
-        push = Push(announced, manifest, self._registry, self._install, lambda: self._open.remove(adapter_id))
+        push = Push(announced, self._registry, self._install, self._drop, lambda: self._open.remove(adapter_id))
         self._open.add(adapter_id)
         return push
 
@@ -90,23 +94,16 @@ class Pushes:
 class Push:
     """One push that was accepted. Only `commit` makes anything live."""
 
-    def __init__(
-        self,
-        version: Version,
-        manifest: common_pb2.AdapterManifest,
-        registry: Registry,
-        install: Install,
-        release: Callable[[], None],
-    ):
+    def __init__(self, version: Version, registry: Registry, install: Install, drop: Drop, release: Callable[[], None]):
         """`release` is called once, when the push is over."""
         self._version = version
-        self._manifest = manifest
         self._registry = registry
         self._install = install
+        self._drop = drop
         self._release = release
-        self._buffer = StagingBuffer(manifest.size_bytes)
-        self._receiver = payload.Receiver(manifest, self._buffer.view)
-        self._commit: asyncio.Task[None] | None = None
+        self._receiver = payload.Receiver(version.manifest, version.payload.view)
+        self._installing: asyncio.Task[None] | None = None
+        self._committing: asyncio.Task[None] | None = None
 
     def add(self, chunk: common_pb2.PayloadChunk) -> None:
         """Takes the next piece. DATA_LOSS when it is damaged, out of order or too much."""
@@ -115,46 +112,64 @@ class Push:
         except payload.PayloadError as cause:
             raise self._damaged(cause) from cause
 
-    async def commit(self) -> Version:
-        """Installs the version on every rank and makes it live.
+    async def prepare(self) -> Version:
+        """Brings the version into every rank without making it live.
 
-        DATA_LOSS when the payload is not what was announced, INVALID_ARGUMENT when its numbers are not finite. Once
-        begun it runs to its end, even if the caller is cancelled: a half-installed version helps nobody, and a
+        DATA_LOSS when the payload is not what was announced, INVALID_ARGUMENT when its numbers are not finite.
+        """
+        await asyncio.shield(self._start())
+        return self._version
+
+    async def commit(self) -> Version:
+        """Makes the version live, having prepared it if nobody has.
+
+        Once begun it runs to its end, even if the caller is cancelled: a half-installed version helps nobody, and a
         caller that never heard the answer finds the digest live when it pushes again.
         """
-        try:
-            self._receiver.finish()
-        except payload.PayloadError as cause:
-            raise self._damaged(cause) from cause
-        self._commit = asyncio.create_task(self._install_and_publish())
-        await asyncio.shield(self._commit)
+        self._committing = asyncio.create_task(self._publish_after(self._start()))
+        await asyncio.shield(self._committing)
         return self._version
 
     def close(self) -> None:
         """Ends the push, however it went; without `commit` nothing of it stays."""
-        if self._commit is None or self._commit.done():
-            self._free()
+        last = self._committing or self._installing
+        if last is None:
+            self._version.payload.close()
+            self._release()
+        elif last.done():
+            self._settle(last)
         else:
-            self._commit.add_done_callback(self._outlived)
+            last.add_done_callback(self._settle)
 
-    async def _install_and_publish(self) -> None:
-        await self._install(self._version, self._manifest.tensors, self._buffer)
+    def _start(self) -> asyncio.Task[None]:
+        if self._installing is None:
+            try:
+                self._receiver.finish()
+            except payload.PayloadError as cause:
+                raise self._damaged(cause) from cause
+            self._installing = asyncio.create_task(self._install(self._version))
+        return self._installing
+
+    async def _publish_after(self, installing: asyncio.Task[None]) -> None:
+        await installing
+        await failpoints.reached("push.committing")
         self._registry.publish(self._version)
         log.info(
             "version_live",
             adapter_id=self._version.adapter_id,
             version=self._version.version,
             digest=self._version.digest,
-            size_bytes=self._version.size_bytes,
+            size_bytes=self._version.payload.size_bytes,
         )
 
-    def _outlived(self, commit: asyncio.Task[None]) -> None:
-        if not commit.cancelled() and (error := commit.exception()):
-            log.warning("abandoned_push_failed", adapter_id=self._version.adapter_id, error=str(error))
-        self._free()
-
-    def _free(self) -> None:
-        self._buffer.close()
+    def _settle(self, last: asyncio.Task[None]) -> None:
+        """Frees what nobody has any more, when the last thing that was begun has ended."""
+        if last.cancelled() or (error := last.exception()):
+            if not last.cancelled():
+                log.info("push_failed", adapter_id=self._version.adapter_id, error=str(error))
+            self._version.payload.close()
+        elif last is not self._committing:
+            self._drop(self._version)
         self._release()
 
     def _damaged(self, cause: payload.PayloadError) -> errors.ServiceError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sampler_service.config import SamplerConfig
+from sampler_service.leases import Leases
 from sampler_service.push import Pushes
 from sampler_service.requests import Delta, Prompt, Sampling, check_sampling, check_tokens
 from sampler_service.tokenizer import Tokenizer
@@ -33,14 +35,20 @@ class Generation:
 
 
 class Sampler:
-    """A loaded base model and its adapters. `pushes` and `registry` are used directly."""
+    """A loaded base model and its adapters. `pushes`, `registry` and `leases` are used directly.
+
+    `current`: set when the trainer has said that this sampler has every current version.
+    """
 
     def __init__(self, config: SamplerConfig, checkpoint: Checkpoint, engine: "Engine", tokenizer: Tokenizer):
         """Takes an engine that is ready."""
         self.config = config
         self.active_requests = 0
         self.registry = Registry(config.keep_versions, engine.drop)
-        self.pushes = Pushes(checkpoint, config.max_rank, self.registry, engine.install)
+        self.leases = Leases(self.registry)
+        self.pushes = Pushes(checkpoint, config.max_rank, self.registry, engine.install, engine.drop)
+        self.current = asyncio.Event()
+        self.instance_id = uuid.uuid4().hex
         self.base_model: common_pb2.BaseModelInfo = describe.base_model_info(
             checkpoint, engine.info.dtype, engine.info.max_model_len
         )
@@ -75,16 +83,24 @@ class Sampler:
         """Who answered, and one float32 [N - 1] per sequence of N tokens. Errors as in `generate`."""
         if not sequences:
             raise errors.invalid_argument("PROMPT_EMPTY", "there are no sequences to score", field="sequences")
-        for index, tokens in enumerate(sequences):
-            check_tokens(tokens, f"sequences[{index}].tokens", self.base_model.vocab_size, 2, self._max_prompt)
+        self.check_sequences(sequences, "sequences")
         with self._admitted(adapter_id, version) as served_by:
-            scores = [asyncio.ensure_future(self._engine.score(tokens, served_by)) for tokens in sequences]
-            try:
-                return served_by, await asyncio.gather(*scores)
-            finally:  # the version must not be let go before the last of them has ended
-                for score in scores:
-                    score.cancel()
-                await asyncio.gather(*scores, return_exceptions=True)
+            return served_by, await self.score(sequences, served_by)
+
+    def check_sequences(self, sequences: Sequence[Sequence[int]], field: str) -> None:
+        """INVALID_ARGUMENT unless the model can score them."""
+        for index, tokens in enumerate(sequences):
+            check_tokens(tokens, f"{field}[{index}].tokens", self.base_model.vocab_size, 2, self._max_prompt)
+
+    async def score(self, sequences: Sequence[Sequence[int]], version: Version | None) -> list[np.ndarray]:
+        """As `compute_logprobs`, with a version that cannot go meanwhile."""
+        scores = [asyncio.ensure_future(self._engine.score(tokens, version)) for tokens in sequences]
+        try:
+            return await asyncio.gather(*scores)
+        finally:  # the version must not be let go before the last of them has ended
+            for score in scores:
+                score.cancel()
+            await asyncio.gather(*scores, return_exceptions=True)
 
     @contextlib.contextmanager
     def _admitted(self, adapter_id: str, version: int) -> Iterator[Version | None]:
@@ -92,8 +108,8 @@ class Sampler:
             raise errors.invalid_argument(
                 "VERSION_WITHOUT_ADAPTER", "the bare base model has no versions", field="version", version=version
             )
-        lease = self.registry.lease(adapter_id, version) if adapter_id else contextlib.nullcontext()
-        with lease as served_by:
+        use = self.registry.use(adapter_id, version) if adapter_id else contextlib.nullcontext()
+        with use as served_by:
             self.active_requests += 1
             try:
                 yield served_by

@@ -4,13 +4,13 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from sampler_service.push import AlreadyLive
+from sampler_service.push import AlreadyLive, Push
 from sampler_service.requests import ChatPrompt, Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
 from sampler_service.sampler import Generation, Sampler
 from sampler_service.versions import Version
-from service_common import errors
+from service_common import errors, failpoints
 from service_common.lora import TARGET_MODULES
-from tinkerbell import tensors
+from tinkerbell import payload, tensors
 from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
 
 _FINISH_REASONS = {
@@ -47,17 +47,23 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         if isinstance(push, AlreadyLive):
             yield self._committed(push.version, already_live=True)
             return
+        await failpoints.reached("push.begun")
         try:
             yield sampler_pb2.PushAdapterResponse(accepted=sampler_pb2.PushAccepted())
             async for request in request_iterator:
                 match request.WhichOneof("frame"):
                     case "chunk":
                         push.add(request.chunk)
+                        await failpoints.reached("push.chunk")
+                    case "prepare":
+                        yield await self._prepared(push, request.prepare)
                     case "commit":
-                        yield self._committed(await push.commit(), already_live=False)
+                        live = await push.commit()
+                        await failpoints.reached("push.committed")
+                        yield self._committed(live, already_live=False)
                         return
                     case _:
-                        raise _unexpected_frame("CHUNK or COMMIT follows BEGIN", request)
+                        raise _unexpected_frame("CHUNK, PREPARE or COMMIT follows BEGIN", request)
             # A stream that was cut looks just like one that was closed.
             raise errors.aborted("PUSH_NOT_COMMITTED", "the push ended without COMMIT; nothing was installed")
         finally:
@@ -74,8 +80,9 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                     version=live.version.version,
                     digest=live.version.digest,
                     lora=live.version.lora,
-                    size_bytes=live.version.size_bytes,
+                    size_bytes=live.version.manifest.size_bytes,
                     active_requests=live.active_requests,
+                    leases=live.leases,
                 )
         return response
 
@@ -85,6 +92,35 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         return sampler_pb2.UnloadAdapterResponse(
             versions=self._sampler.registry.unload(request.adapter_id, request.version)
         )
+
+    async def ExportAdapterVersion(
+        self, request: sampler_pb2.ExportAdapterVersionRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sampler_pb2.ExportAdapterVersionResponse]:
+        with self._sampler.registry.use(request.adapter_id, request.version) as version:
+            head = sampler_pb2.ExportedVersion(version=self._served_by(version), manifest=version.manifest)
+            yield sampler_pb2.ExportAdapterVersionResponse(head=head)
+            for chunk in payload.chunks(version.payload.view):
+                yield sampler_pb2.ExportAdapterVersionResponse(chunk=chunk)
+
+    async def LeaseVersion(
+        self, request: sampler_pb2.LeaseVersionRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.LeaseVersionResponse:
+        lease_id, version = self._sampler.leases.acquire(
+            request.adapter_id, request.version, request.ttl_seconds, request.lease_id
+        )
+        return sampler_pb2.LeaseVersionResponse(lease_id=lease_id, version=self._served_by(version))
+
+    async def ReleaseLease(
+        self, request: sampler_pb2.ReleaseLeaseRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.ReleaseLeaseResponse:
+        self._sampler.leases.release(request.lease_id)
+        return sampler_pb2.ReleaseLeaseResponse()
+
+    async def ConfirmCurrent(
+        self, request: sampler_pb2.ConfirmCurrentRequest, context: grpc.aio.ServicerContext
+    ) -> sampler_pb2.ConfirmCurrentResponse:
+        self._sampler.current.set()
+        return sampler_pb2.ConfirmCurrentResponse()
 
     async def Generate(
         self, request: sampler_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -119,12 +155,28 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             keep_versions=sampler.config.keep_versions,
             active_requests=sampler.active_requests,
             target_modules=TARGET_MODULES,
+            instance_id=sampler.instance_id,
         )
 
     def _served_by(self, version: Version | None) -> sampler_pb2.AdapterVersion:
+        base_model = self._sampler.base_model.fingerprint
         if version is None:
-            return sampler_pb2.AdapterVersion(digest=self._sampler.base_model.fingerprint)
-        return sampler_pb2.AdapterVersion(adapter_id=version.adapter_id, version=version.version, digest=version.digest)
+            return sampler_pb2.AdapterVersion(digest=base_model, base_model_fingerprint=base_model)
+        return sampler_pb2.AdapterVersion(
+            adapter_id=version.adapter_id,
+            version=version.version,
+            digest=version.digest,
+            base_model_fingerprint=base_model,
+        )
+
+    async def _prepared(self, push: Push, request: sampler_pb2.PushPrepare) -> sampler_pb2.PushAdapterResponse:
+        probes = [probe.tokens for probe in request.probes]
+        self._sampler.check_sequences(probes, "prepare.probes")
+        logprobs = await self._sampler.score(probes, await push.prepare())
+        await failpoints.reached("push.prepared")
+        return sampler_pb2.PushAdapterResponse(
+            prepared=sampler_pb2.PushPrepared(logprobs=[tensors.encode(array) for array in logprobs])
+        )
 
     def _committed(self, version: Version, already_live: bool) -> sampler_pb2.PushAdapterResponse:
         return sampler_pb2.PushAdapterResponse(

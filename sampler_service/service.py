@@ -45,9 +45,14 @@ async def serve(config: SamplerConfig, listen: str, drain_seconds: float) -> int
         await server.drain(0)
         return 1
     servicer.attach(sampler)
-    await server.set_ready()
     died = asyncio.create_task(_until_dead(engine))
-    await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
+    if config.await_trainer:
+        log.info("awaiting_trainer")
+        current = asyncio.create_task(sampler.current.wait())
+        await asyncio.wait((signalled, died, current), return_when=asyncio.FIRST_COMPLETED)
+    if not (signalled.done() or died.done()):
+        await server.set_ready()
+        await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
         log.error("engine_died")
     await server.drain(0 if died.done() else drain_seconds)

@@ -1,7 +1,8 @@
-"""Which versions of which adapters are live, and how many requests run on each.
+"""Which versions of which adapters are live, and how many requests and leases are on each.
 
 A version is immutable. It leaves when newer ones have replaced it, or when it is unloaded, but not before its last
-request has ended: vLLM dies when an adapter that a request needs is gone.
+request has ended: vLLM dies when an adapter that a request needs is gone. Newer ones do not replace a version that a
+client has a lease on.
 
 All of this happens on one event loop, so nothing here locks.
 """
@@ -11,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from sampler_service.staging import StagingBuffer
 from service_common import errors
 from tinkerbell.v1 import common_pb2
 
@@ -24,18 +26,23 @@ _lora_ids = itertools.count(1 << 20)
 class Version:
     """One immutable version of an adapter, under the name and number by which vLLM knows it.
 
-    adapter_id, version, digest: as in AdapterVersion.
+    adapter_id, version: as in AdapterVersion.
+    manifest, payload: as they were pushed. The version owns the payload, which is freed with it.
     lora: rank, alpha and target modules, all of them set.
-    size_bytes: of the payload.
     lora_id: never used twice in the life of this process.
     """
 
     adapter_id: str
     version: int
-    digest: str
+    manifest: common_pb2.AdapterManifest
+    payload: StagingBuffer
     lora: common_pb2.LoraConfig
-    size_bytes: int
     lora_id: int = field(default_factory=lambda: next(_lora_ids))
+
+    @property
+    def digest(self) -> str:
+        """As in AdapterManifest."""
+        return self.manifest.digest
 
     @property
     def lora_name(self) -> str:
@@ -54,16 +61,22 @@ class Version:
 @dataclass
 class _Entry:
     version: Version
-    active: int = 0
+    requests: int = 0
+    leases: int = 0
     live: bool = True
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.requests or self.leases)
 
 
 @dataclass(frozen=True)
 class LiveVersion:
-    """A version and the number of requests that run on it."""
+    """A version, the number of requests that run on it, and the number of leases on it."""
 
     version: Version
     active_requests: int
+    leases: int
 
 
 class Registry:
@@ -94,18 +107,26 @@ class Registry:
         return entry.version if entry else None
 
     @contextlib.contextmanager
-    def lease(self, adapter_id: str, version: int) -> Iterator[Version]:
+    def use(self, adapter_id: str, version: int) -> Iterator[Version]:
         """Keeps a version for one request; `version` 0 is the latest one at this moment. NOT_FOUND if there is none."""
         entry = self._entry(adapter_id, version)
-        entry.active += 1
+        entry.requests += 1
         try:
             yield entry.version
         finally:
-            entry.active -= 1
-            if entry.live:
-                self._retire_old(adapter_id)
-            elif not entry.active:
-                self._drop(entry.version)
+            entry.requests -= 1
+            self._let_go(entry)
+
+    @contextlib.contextmanager
+    def lease(self, adapter_id: str, version: int) -> Iterator[Version]:
+        """As `use`, for a client that means to send requests."""
+        entry = self._entry(adapter_id, version)
+        entry.leases += 1
+        try:
+            yield entry.version
+        finally:
+            entry.leases -= 1
+            self._let_go(entry)
 
     def unload(self, adapter_id: str, version: int) -> list[int]:
         """Takes one version, or with 0 all of them, from new requests. Their numbers, ascending; or NOT_FOUND."""
@@ -118,7 +139,7 @@ class Registry:
     def adapters(self) -> dict[str, list[LiveVersion]]:
         """The live versions in ascending order, by adapter in order of name."""
         return {
-            adapter_id: [LiveVersion(entry.version, entry.active) for entry in entries.values()]
+            adapter_id: [LiveVersion(entry.version, entry.requests, entry.leases) for entry in entries.values()]
             for adapter_id, entries in sorted(self._adapters.items())
         }
 
@@ -151,7 +172,7 @@ class Registry:
     def _retire_old(self, adapter_id: str) -> None:
         entries = self._adapters[adapter_id]
         for number in list(entries)[: -self._keep_versions]:
-            if not entries[number].active:
+            if not entries[number].in_use:
                 self._remove(adapter_id, number)
 
     def _remove(self, adapter_id: str, number: int) -> None:
@@ -160,5 +181,11 @@ class Registry:
         if not entries:
             del self._adapters[adapter_id]
         entry.live = False
-        if not entry.active:
+        if not entry.in_use:
+            self._drop(entry.version)
+
+    def _let_go(self, entry: _Entry) -> None:
+        if entry.live:
+            self._retire_old(entry.version.adapter_id)
+        elif not entry.in_use:
             self._drop(entry.version)

@@ -180,6 +180,11 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
         answer = trainer_pb2.SyncAdapterResponse(version=7, digest="d", transport="TRANSPORT_GRPC", sent_bytes=10)
         return await self._mutate(request, context, lambda: answer)
 
+    async def VerifyAdapter(self, request, context):
+        difference = trainer_pb2.LogprobDifference(mean=request.verify.tolerance, max=2.0, tokens=3)
+        replica = trainer_pb2.ReplicaVerification(address="a:1", difference=difference, agrees=True)
+        return trainer_pb2.VerifyAdapterResponse(version=7, digest="d", steps_since=2, replicas=[replica])
+
     async def SaveCheckpoint(self, request, context):
         def save():
             saved = trainer_pb2.Checkpoint(

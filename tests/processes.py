@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service_common import failpoints
 from tinkerbell.local import free_address
 
 ROOT = Path(__file__).parents[1]
@@ -49,20 +50,23 @@ def rank_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
-def start_sampler(model: Path, *options: str) -> ServiceProcess:
-    """Starts a sampler and does not wait for it."""
-    return _start("sampler_service", "tinkerbell.v1.SamplerService", "--model", str(model), *options)
+def start_sampler(model: Path, *options: str, address: str | None = None, die_at: str = "") -> ServiceProcess:
+    """Starts a sampler, on a free port unless told where, and does not wait for it. `die_at`: failpoints."""
+    return _start(
+        "sampler_service", "tinkerbell.v1.SamplerService", f"--model={model}", *options, address=address, die_at=die_at
+    )
 
 
-def start_trainer(*options: str, address: str | None = None) -> ServiceProcess:
-    """Starts a trainer, on a free port unless told where, and does not wait for it."""
-    return _start("trainer_service", "tinkerbell.v1.TrainerService", *options, address=address)
+def start_trainer(*options: str, address: str | None = None, die_at: str = "") -> ServiceProcess:
+    """Starts a trainer, on a free port unless told where, and does not wait for it. `die_at`: failpoints."""
+    return _start("trainer_service", "tinkerbell.v1.TrainerService", *options, address=address, die_at=die_at)
 
 
-def _start(module: str, health_name: str, *options: str, address: str | None = None) -> ServiceProcess:
+def _start(module: str, health_name: str, *options: str, address: str | None, die_at: str) -> ServiceProcess:
     address = address or free_address()
     command = [sys.executable, "-m", module, "--listen", address, *options]
-    return ServiceProcess(health_name, address, subprocess.Popen(command, cwd=ROOT))
+    environment = os.environ | {failpoints.VARIABLE: die_at}
+    return ServiceProcess(health_name, address, subprocess.Popen(command, cwd=ROOT, env=environment))
 
 
 def health(service: ServiceProcess, name: str) -> health_pb2.HealthCheckResponse.ServingStatus | None:

@@ -22,6 +22,16 @@ class Datum:
         return len(self.tokens)
 
 
+def scored(tokens: Sequence[int], field: str) -> Datum:
+    """The datum that gives the log-probability of each token but the first. INVALID_ARGUMENT below 2 tokens."""
+    if len(tokens) < 2:
+        raise errors.invalid_argument(
+            "SEQUENCE_TOO_SHORT", f"{field} has {len(tokens)} tokens, and needs at least 2", field=f"{field}.tokens"
+        )
+    array = np.asarray(tokens, np.int64)
+    return Datum(array[:-1], array[1:], {"weights": np.ones(len(array) - 1, np.float32)})
+
+
 def num_tokens(data: Sequence[Datum]) -> int:
     """Tokens of all data together."""
     return sum(len(datum) for datum in data)

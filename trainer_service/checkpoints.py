@@ -40,6 +40,7 @@ _OPTIMIZER = "optimizer.safetensors"
 _REPLIES = "replies.json"
 _MANIFEST = "manifest.json"
 _REMOVED = ".removed"  # in an adapter's folder: when it was removed, in seconds since 1970
+_PUBLISHED = ".published"  # likewise: the last version that was sent to samplers
 _SCALARS = ("base_model_name", "base_model_fingerprint", "seed", "step", "seq_id", "last_adam", "published_version")
 
 
@@ -204,6 +205,24 @@ class CheckpointStore:
             _write(temporary, repr(time.time() if now is None else now).encode())
             os.rename(temporary, folder / _REMOVED)
             _sync(folder)
+
+    def mark_published(self, adapter_id: str, version: int) -> None:
+        """Notes that the adapter's versions up to this one are used, whatever becomes of this process."""
+        folder = self.root / adapter_id
+        with self._storage_errors():
+            folder.mkdir(exist_ok=True)
+            temporary = _temporary(folder / "published")
+            _write(temporary, str(version).encode())
+            os.rename(temporary, folder / _PUBLISHED)
+            _sync(folder)
+
+    def published(self, adapter_id: str) -> int:
+        """The last version that was noted; 0 when none was."""
+        with self._storage_errors():
+            try:
+                return int((self.root / adapter_id / _PUBLISHED).read_text())
+            except FileNotFoundError:
+                return 0
 
     def restorable(self) -> Sequence[str]:
         """The adapters that have a checkpoint from after they were last removed, in the order of their first."""

@@ -25,7 +25,13 @@ def run(
         typer.Option(help="Checkpoint folder or hub name of the base model. Without it, call InitializeBaseModel."),
     ] = None,
     listen: Annotated[str, typer.Option(help="HOST:PORT. Loopback unless told otherwise.")] = "127.0.0.1:50051",
-    sampler: Annotated[str | None, typer.Option(help="HOST:PORT of the sampler to publish adapters to.")] = None,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HOST:PORT of a sampler to publish adapters to, or dns:HOST:PORT for all addresses of HOST. Can be "
+            "given several times."
+        ),
+    ] = None,
     device: Annotated[
         Device, typer.Option(help="auto: cuda where there is a GPU. float32 on a CPU, bfloat16 on a GPU.")
     ] = Device.AUTO,
@@ -73,7 +79,7 @@ def run(
     config = service.TrainerConfig(
         model=model,
         listen=listen,
-        sampler=sampler,
+        samplers=sampler or [],
         metrics=metrics,
         checkpoints=checkpoints,
         device=device.value,

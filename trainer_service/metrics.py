@@ -42,3 +42,19 @@ class Metrics:
             "tinkerbell_trainer_refusals", "Losses and gradients refused.", ["reason"], registry=self.registry
         )
         self.adapters = Gauge("tinkerbell_trainer_adapters", "Adapters that exist.", registry=self.registry)
+        self.samplers = Gauge(
+            "tinkerbell_trainer_samplers",
+            "Samplers that are known, by whether they have every current version.",
+            ["state"],
+            registry=self.registry,
+        )
+        self.pushed_bytes = Counter(
+            "tinkerbell_trainer_pushed_bytes", "Payload bytes sent to samplers by SyncAdapter.", registry=self.registry
+        )
+        self.drift = Gauge(
+            "tinkerbell_trainer_sampler_drift",
+            "Mean absolute difference between the log-probabilities of the trainer and of the sampler that is furthest "
+            "from it, when they were last compared (SyncAdapter with verify, VerifyAdapter).",
+            ["adapter_id"],
+            registry=self.registry,
+        )

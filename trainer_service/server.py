@@ -17,8 +17,10 @@ from trainer_service.batching import Computed
 from trainer_service.checkpoints import CheckpointInfo
 from trainer_service.engine import Engine, OptimizerState, Snapshot, Tensors
 from trainer_service.losses import DEFAULTS, INPUT_DEFAULTS, INPUTS, Loss, LossConfig
+from trainer_service.publish.parity import Difference
+from trainer_service.publish.transaction import ReplicaOutcome
 from trainer_service.ranks import Process
-from trainer_service.trainer import AdapterStatus, Trainer
+from trainer_service.trainer import AdapterStatus, Trainer, Verification
 
 _LOSSES = {
     trainer_pb2.LOSS_FUNCTION_UNSPECIFIED: Loss.CROSS_ENTROPY,
@@ -74,7 +76,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             max_resident_adapters=engine.limits.max_resident_adapters,
             max_rank=engine.limits.max_rank,
             max_batch_tokens=engine.limits.max_batch_tokens,
-            sampler_address=publisher.address if publisher else "",
+            sampler_addresses=publisher.addresses if publisher else (),
             target_modules=lora.adaptable_modules(engine.checkpoint) if engine.checkpoint else (),
         )
 
@@ -198,21 +200,40 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def SyncAdapter(self, request, context):
         async def publish():
+            started = time.monotonic()
             async with self._trainer.turn(request.adapter_id, request.seq_id) as turn:
                 if request.transport not in _TRANSPORTS:
                     raise errors.invalid_argument(
                         "TRANSPORT_UNKNOWN", f"transport {request.transport} is not a Transport", field="transport"
                     )
-                sync = await self._trainer.sync(request.adapter_id, turn)
+                verify = _verification(request.verify) if request.HasField("verify") else None
+                published = await self._trainer.sync(request.adapter_id, turn, verify)
             return trainer_pb2.SyncAdapterResponse(
-                version=sync.version,
-                digest=sync.digest,
+                version=published.version,
+                digest=published.digest,
                 transport=trainer_pb2.TRANSPORT_GRPC,
-                sent_bytes=sync.sent_bytes,
-                seconds=sync.seconds,
+                sent_bytes=published.sent_bytes,
+                seconds=time.monotonic() - started,
+                replicas=[_replica_publication(outcome) for outcome in published.replicas],
             )
 
         return await self._trainer.once(request.adapter_id, request, publish)
+
+    async def VerifyAdapter(self, request, context):
+        async def compare():
+            async with self._trainer.turn(request.adapter_id, 0):
+                return await self._trainer.verify(request.adapter_id, _verification(request.verify))
+
+        current, steps_since, comparisons = await self._trainer.to_the_end(compare())
+        response = trainer_pb2.VerifyAdapterResponse(
+            version=current.version, digest=current.digest, steps_since=steps_since
+        )
+        for comparison in comparisons:
+            replica = response.replicas.add(address=comparison.address, error=comparison.error)
+            if comparison.difference:
+                replica.difference.CopyFrom(_logprob_difference(comparison.difference))
+                replica.agrees = comparison.difference.agrees
+        return response
 
     async def SaveCheckpoint(self, request, context):
         async def save():
@@ -361,3 +382,23 @@ def _optimizer_state(state: OptimizerState) -> trainer_pb2.OptimizerState:
 
 def _checkpoint(info: CheckpointInfo) -> trainer_pb2.Checkpoint:
     return trainer_pb2.Checkpoint(**{**vars(info), "path": str(info.path)})
+
+
+def _verification(verify: trainer_pb2.Verification) -> Verification:
+    tolerance = verify.tolerance if verify.HasField("tolerance") else None
+    return Verification([sequence.tokens for sequence in verify.sequences], tolerance)
+
+
+def _replica_publication(outcome: ReplicaOutcome) -> trainer_pb2.ReplicaPublication:
+    return trainer_pb2.ReplicaPublication(
+        address=outcome.address,
+        state=f"REPLICA_STATE_{outcome.state.name}",
+        sent_bytes=outcome.sent_bytes,
+        seconds=outcome.seconds,
+        error=outcome.error,
+        difference=_logprob_difference(outcome.difference) if outcome.difference else None,
+    )
+
+
+def _logprob_difference(difference: Difference) -> trainer_pb2.LogprobDifference:
+    return trainer_pb2.LogprobDifference(mean=difference.mean, max=difference.max, tokens=difference.tokens)

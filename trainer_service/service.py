@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from trainer_service.engine import Engine, Limits
 from trainer_service.executor import Executor, LocalExecutor
 from trainer_service.metrics import Metrics
 from trainer_service.parallel import Layout
-from trainer_service.publish.grpc_push import GrpcPublisher
+from trainer_service.publish.discovery import Discovery
+from trainer_service.publish.publisher import Publisher
 from trainer_service.ranks import Group, Process, RanksExecutor, follow
 from trainer_service.server import TrainerServicer
 from trainer_service.trainer import Trainer
@@ -31,7 +33,8 @@ class TrainerConfig:
     """The trainer's settings; `cli.py` has their defaults.
 
     model: checkpoint folder or hub name, None to wait for InitializeBaseModel.
-    listen, sampler, metrics: HOST:PORT; None for no sampler and no metrics.
+    listen, metrics: HOST:PORT; None for no metrics.
+    samplers: as Discovery takes them; none for a trainer that publishes nowhere.
     checkpoints: folder for checkpoints, None for none.
     device: "cpu" or "cuda".
     command_timeout: seconds after which a rank is taken to hang.
@@ -39,7 +42,7 @@ class TrainerConfig:
 
     model: str | None
     listen: str
-    sampler: str | None
+    samplers: Sequence[str]
     metrics: str | None
     checkpoints: Path | None
     device: str
@@ -69,13 +72,14 @@ def run(config: TrainerConfig) -> int:
 
 async def _serve(config: TrainerConfig, engine: Engine, executor: Executor) -> int:
     metrics = Metrics()
-    trainer = Trainer(
-        engine,
-        executor,
-        metrics,
-        GrpcPublisher(config.sampler) if config.sampler else None,
-        CheckpointStore(config.checkpoints) if config.checkpoints else None,
-    )
+    store = CheckpointStore(config.checkpoints) if config.checkpoints else None
+
+    async def reserve(adapter_id: str, version: int) -> None:
+        if store is not None:
+            await asyncio.to_thread(store.mark_published, adapter_id, version)
+
+    publisher = Publisher(Discovery(config.samplers), reserve, metrics) if config.samplers else None
+    trainer = Trainer(engine, executor, metrics, publisher, store)
     servicer = TrainerServicer(trainer)
     server = rpc.Server(
         config.listen,

@@ -38,7 +38,10 @@ from trainer_service.idempotency import Answers, body
 from trainer_service.losses import Loss, LossConfig
 from trainer_service.metrics import Metrics
 from trainer_service.order import Turn, Turns
-from trainer_service.publish.grpc_push import GrpcPublisher
+from trainer_service.publish import parity
+from trainer_service.publish.parity import Probe
+from trainer_service.publish.publisher import Comparison, Publication, Publisher
+from trainer_service.publish.replica import Served
 from trainer_service.ranks import OnRankZero
 
 log = structlog.get_logger(__name__)
@@ -52,8 +55,6 @@ class _Entry:
 
     turns: Turns
     answers: Answers = field(default_factory=Answers)
-    publish_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    published_version: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,11 @@ class AdapterStatus:
 
 
 @dataclass(frozen=True)
-class Sync:
-    """A published version."""
+class Verification:
+    """What to compare a sampler by; as in trainer.proto. No sequences stand for parity.default_sequences."""
 
-    version: int
-    digest: str
-    sent_bytes: int
-    seconds: float
+    sequences: Sequence[Sequence[int]] = ()
+    tolerance: float | None = None
 
 
 class Trainer:
@@ -83,7 +82,7 @@ class Trainer:
         engine: Engine,
         executor: Executor,
         metrics: Metrics,
-        publisher: GrpcPublisher | None = None,
+        publisher: Publisher | None = None,
         store: CheckpointStore | None = None,
     ):
         """`engine` is read here for facts that do not change; whatever computes goes through `executor`.
@@ -120,6 +119,8 @@ class Trainer:
             if self._store is not None and not self.loaded.is_set():
                 await self._restore(self._store, found)
         self.loaded.set()
+        if self.publisher is not None:
+            self.publisher.start()
 
     async def once[T: Message](self, adapter_id: str, request: Message, work: Callable[[], Awaitable[T]]) -> T:
         """Does `work`, or answers with what it came to when the same request was there before; see Answers.once.
@@ -168,6 +169,8 @@ class Trainer:
         except ServiceError:
             self._entries[adapter_id] = entry
             raise
+        if self.publisher is not None:
+            self.publisher.forget(adapter_id)
         await self._commands.run(Engine.remove_adapter, adapter_id)
         self._metrics.adapters.set(len(self._entries))
 
@@ -235,24 +238,26 @@ class Trainer:
         async with self.turn(adapter_id, seq_id):
             return await self._replace(adapter_id, config, tensors)
 
-    async def sync(self, adapter_id: str, turn: Turn) -> Sync:
+    async def sync(self, adapter_id: str, turn: Turn, verify: Verification | None = None) -> Publication:
         """Publishes the adapter as it is at its turn, and passes the turn on as soon as the weights are copied.
 
         Training goes on while the tensors travel. Syncs of one adapter follow each other.
         """
-        if self.publisher is None:
-            raise errors.failed_precondition(
-                "NO_SAMPLER", "this trainer has no sampler to publish to; start it with --sampler HOST:PORT"
-            )
-        entry = self._entry(adapter_id)
-        async with entry.publish_lock:
-            started = time.monotonic()
-            dtype = await self.publisher.data_type()
-            snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype, plain=True)
-            turn.pass_on()
-            published = await self.publisher.publish(adapter_id, snapshot, entry.published_version + 1)
-            entry.published_version = published.version
-        return Sync(published.version, published.digest, published.sent_bytes, time.monotonic() - started)
+        publisher = self._publisher()
+        self._entry(adapter_id)
+        dtype = await publisher.data_type()
+        snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype, plain=True)
+        probe = await self._probe(adapter_id, verify) if verify else None
+        step = (await self._info(adapter_id)).step
+        turn.pass_on()
+        return await publisher.publish(adapter_id, snapshot, step, probe)
+
+    async def verify(self, adapter_id: str, verify: Verification) -> tuple[Served, int, list[Comparison]]:
+        """Compares the adapter as it is with what the samplers serve; see Publisher.compare. Inside the turn."""
+        publisher = self._publisher()
+        self._entry(adapter_id)
+        probe = await self._probe(adapter_id, verify)
+        return await publisher.compare(adapter_id, (await self._info(adapter_id)).step, probe)
 
     async def save_checkpoint(self, adapter_id: str, name: str, ttl_seconds: float, turn: Turn) -> CheckpointInfo:
         """Writes the adapter as it is at its turn, and passes the turn on as soon as the tensors are copied."""
@@ -272,7 +277,7 @@ class Trainer:
             step=optimizer.step,
             seq_id=entry.turns.next_seq_id - 1,
             last_adam=vars(optimizer.last_adam) if optimizer.last_adam else None,
-            published_version=entry.published_version,
+            published_version=self._version(adapter_id),
             replies=entry.answers.saved(),
             weights=dict(tensors.weights),
             exp_avg=dict(tensors.exp_avg or {}),
@@ -323,8 +328,9 @@ class Trainer:
             self._entries[adapter_id] = _Entry(
                 Turns(adapter_id, next_seq_id=state.seq_id + 1, restored_step=step),
                 Answers(state.replies),
-                published_version=state.published_version,
             )
+            if self.publisher is not None:
+                self.publisher.manage(adapter_id, max(state.published_version, store.published(adapter_id)))
             log.info("adapter_restored", adapter_id=adapter_id, step=step, next_seq_id=state.seq_id + 1)
         self._metrics.adapters.set(len(self._entries))
 
@@ -370,6 +376,8 @@ class Trainer:
 
     def _enter(self, info: AdapterInfo) -> AdapterStatus:
         self._entries[info.adapter_id] = _Entry(Turns(info.adapter_id))
+        if self.publisher is not None:
+            self.publisher.manage(info.adapter_id, self._store.published(info.adapter_id) if self._store else 0)
         self._metrics.adapters.set(len(self._entries))
         return self._status(info)
 
@@ -386,7 +394,32 @@ class Trainer:
 
     def _status(self, info: AdapterInfo) -> AdapterStatus:
         entry = self._entry(info.adapter_id)
-        return AdapterStatus(info, entry.published_version, entry.turns.next_seq_id)
+        return AdapterStatus(info, self._version(info.adapter_id), entry.turns.next_seq_id)
+
+    def _version(self, adapter_id: str) -> int:
+        return self.publisher.version(adapter_id) if self.publisher is not None else 0
+
+    def _publisher(self) -> Publisher:
+        if self.publisher is None:
+            raise errors.failed_precondition(
+                "NO_SAMPLER", "this trainer has no sampler to publish to; start it with --sampler HOST:PORT"
+            )
+        return self.publisher
+
+    async def _probe(self, adapter_id: str, verify: Verification) -> Probe:
+        """The trainer's half of a comparison."""
+        found = self._base_model()
+        if verify.tolerance is not None and not verify.tolerance > 0:
+            raise errors.invalid_argument(
+                "TOLERANCE_INVALID",
+                f"verify.tolerance is {verify.tolerance}, and must be above 0",
+                field="verify.tolerance",
+                tolerance=verify.tolerance,
+            )
+        sequences = verify.sequences or parity.default_sequences(adapter_id, found.vocab_size)
+        data = [batch.scored(tokens, f"verify.sequences[{index}]") for index, tokens in enumerate(sequences)]
+        computed = await self.compute(adapter_id, data, Loss.CROSS_ENTROPY, LossConfig(), backward=False)
+        return Probe(sequences, computed.logprobs, verify.tolerance)
 
     def _base_model(self) -> Checkpoint:
         if self.engine.checkpoint is None:

@@ -33,7 +33,7 @@ from tinkerbell.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from tinkerbell.inputs import AdamParams, Datum, LossConfig, SamplingParams
+from tinkerbell.inputs import AdamParams, Datum, LossConfig, SamplingParams, Verification
 from tinkerbell.lora import LoraConfig
 from tinkerbell.results import (
     AdapterVersion,
@@ -45,8 +45,10 @@ from tinkerbell.results import (
     ForwardResult,
     GenerateDelta,
     GenerateResult,
+    Lease,
     LiveVersion,
     LoadProgress,
+    LogprobDifference,
     LogprobsResult,
     LoraAdapter,
     OptimizerState,
@@ -54,11 +56,14 @@ from tinkerbell.results import (
     Parallelism,
     PositionLogprobs,
     PushResult,
+    ReplicaPublication,
+    ReplicaVerification,
     SampledAdapter,
     SamplerInfo,
     SyncResult,
     TensorMoments,
     TrainerInfo,
+    VerifyResult,
 )
 from tinkerbell.sync import SamplerClient, TrainerClient, TrainingRun
 
@@ -85,8 +90,10 @@ __all__ = [
     "GenerateResult",
     "InternalError",
     "InvalidArgumentError",
+    "Lease",
     "LiveVersion",
     "LoadProgress",
+    "LogprobDifference",
     "LogprobsResult",
     "LoraAdapter",
     "LoraConfig",
@@ -98,6 +105,8 @@ __all__ = [
     "PermissionDeniedError",
     "PositionLogprobs",
     "PushResult",
+    "ReplicaPublication",
+    "ReplicaVerification",
     "ResourceExhaustedError",
     "Retry",
     "SampledAdapter",
@@ -113,5 +122,7 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
+    "Verification",
+    "VerifyResult",
     "torch_loss",
 ]

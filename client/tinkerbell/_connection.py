@@ -23,6 +23,7 @@ _READS = {
         "GetOptimizerState",
         "ListOptimizerStates",
         "ListCheckpoints",
+        "VerifyAdapter",
     ],
     "tinkerbell.v1.SamplerService": ["GetBackendInfo", "ListAdapters", "ComputeLogprobs"],
 }

@@ -16,6 +16,12 @@ _FINISH_REASONS: dict[int, results.FinishReason | None] = {
     sampler_pb2.FINISH_REASON_LENGTH: "length",
 }
 
+_REPLICA_STATES: dict[int, results.ReplicaState] = {
+    trainer_pb2.REPLICA_STATE_COMMITTED: "committed",
+    trainer_pb2.REPLICA_STATE_ALREADY_LIVE: "already_live",
+    trainer_pb2.REPLICA_STATE_DOWN: "down",
+}
+
 
 def base_model_info(message: common_pb2.BaseModelInfo) -> results.BaseModelInfo:
     return results.BaseModelInfo(
@@ -64,7 +70,7 @@ def trainer_info(message: trainer_pb2.TrainerServiceGetBackendInfoResponse) -> r
         max_resident_adapters=message.max_resident_adapters,
         max_rank=message.max_rank,
         max_batch_tokens=message.max_batch_tokens,
-        sampler_address=message.sampler_address,
+        sampler_addresses=tuple(message.sampler_addresses),
         target_modules=tuple(message.target_modules),
     )
 
@@ -120,7 +126,38 @@ def sync_result(message: trainer_pb2.SyncAdapterResponse) -> results.SyncResult:
         transport=_short_name(trainer_pb2.Transport, message.transport, "TRANSPORT_"),
         sent_bytes=message.sent_bytes,
         seconds=message.seconds,
+        replicas=tuple(
+            results.ReplicaPublication(
+                address=replica.address,
+                state=_REPLICA_STATES[replica.state],
+                sent_bytes=replica.sent_bytes,
+                seconds=replica.seconds,
+                error=replica.error,
+                difference=_difference(replica),
+            )
+            for replica in message.replicas
+        ),
     )
+
+
+def verify_result(message: trainer_pb2.VerifyAdapterResponse) -> results.VerifyResult:
+    return results.VerifyResult(
+        version=message.version,
+        digest=message.digest,
+        steps_since=message.steps_since,
+        replicas=tuple(
+            results.ReplicaVerification(replica.address, _difference(replica), replica.agrees, replica.error)
+            for replica in message.replicas
+        ),
+    )
+
+
+def _difference(
+    replica: trainer_pb2.ReplicaPublication | trainer_pb2.ReplicaVerification,
+) -> results.LogprobDifference | None:
+    if not replica.HasField("difference"):
+        return None
+    return results.LogprobDifference(replica.difference.mean, replica.difference.max, replica.difference.tokens)
 
 
 def optimizer_state(message: trainer_pb2.OptimizerState) -> results.OptimizerState:
@@ -158,7 +195,12 @@ def checkpoint(message: trainer_pb2.Checkpoint) -> results.Checkpoint:
 
 
 def adapter_version(message: sampler_pb2.AdapterVersion) -> results.AdapterVersion:
-    return results.AdapterVersion(adapter_id=message.adapter_id, version=message.version, digest=message.digest)
+    return results.AdapterVersion(
+        adapter_id=message.adapter_id,
+        version=message.version,
+        digest=message.digest,
+        base_model_fingerprint=message.base_model_fingerprint,
+    )
 
 
 def sampled_adapter(message: sampler_pb2.SampledAdapter) -> results.SampledAdapter:
@@ -172,6 +214,7 @@ def sampled_adapter(message: sampler_pb2.SampledAdapter) -> results.SampledAdapt
                 lora=LoraConfig.from_proto(live.lora),
                 size_bytes=live.size_bytes,
                 active_requests=live.active_requests,
+                leases=live.leases,
             )
             for live in message.versions
         ),

@@ -30,6 +30,25 @@ target token, q its logprob when it was sampled, ratio = exp(lp - q), and clip(r
 Only the inputs that a loss takes travel with it.
 """
 
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How to compare a sampler with the trainer: by the log-probabilities that both give to the same tokens."""
+
+    sequences: Sequence[ArrayLike] = ()
+    """The probe: token ids, at least two each. Empty means 4 sequences of 16 ids that the trainer chooses."""
+    tolerance: float | None = None
+    """Largest mean absolute difference that counts as agreement. None means 0.01 where the sampler's weights are
+    float32 and 0.05 where they have 16 bits."""
+
+    def to_proto(self) -> trainer_pb2.Verification:
+        """The message. ValueError when a sequence is not one of token ids."""
+        message = trainer_pb2.Verification(tolerance=self.tolerance)
+        for number, sequence in enumerate(self.sequences):
+            message.sequences.add(tokens=token_array(sequence, f"sequence {number}", np.int32).tolist())
+        return message
+
+
 _RATIO_INPUTS = ("logprobs", "advantages")
 _REQUIRED_INPUTS: dict[str, tuple[str, ...]] = {
     "cross_entropy": (),

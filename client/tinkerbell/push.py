@@ -1,14 +1,17 @@
 """The push protocol: one version of an adapter from this process's memory to a sampler's."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 
 from tinkerbell import payload as payloads
+from tinkerbell import tensors
 from tinkerbell._call_status import CallStatus
 from tinkerbell.errors import InternalError, from_rpc_error
-from tinkerbell.v1 import sampler_pb2
+from tinkerbell.v1 import common_pb2, sampler_pb2
 
 
 async def push(
@@ -25,37 +28,83 @@ async def push(
     TinkerbellError as the sampler gives it. Whatever goes wrong before the commit, cancellation included, leaves
     nothing on the sampler; after it, ask again: the same push is a success that moves no bytes.
     """
-    call = stub.PushAdapter(timeout=timeout)
-    status = CallStatus(call)
+    stream = PushStream(stub, timeout)
     try:
-        return await _push(call, begin, payload)
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(await status.error(error), "the sampler") from error
+        if (live := await stream.begin(begin)) is None:
+            await stream.send(payload)
+            live = await stream.commit()
+        return live
     finally:
-        call.cancel()
+        stream.close()
 
 
-async def _push(call: Any, begin: sampler_pb2.PushBegin, payload: bytes | memoryview) -> sampler_pb2.PushCommitted:
-    try:
-        await call.write(sampler_pb2.PushAdapterRequest(begin=begin))
-        answer = await _answer(call)
+class PushStream:
+    """A push step by step, for whoever pushes to several samplers and lets none commit before all are ready.
+
+    The steps are `begin`, `send`, `prepare` if wanted, `commit`. Each raises TinkerbellError as the sampler gives it,
+    and ends the push with that.
+    """
+
+    def __init__(self, stub: Any, timeout: float | None = None):
+        """`timeout`: seconds for the whole push. Close the stream in the end."""
+        self._call = stub.PushAdapter(timeout=timeout)
+        self._status = CallStatus(self._call)
+
+    async def begin(self, begin: sampler_pb2.PushBegin) -> sampler_pb2.PushCommitted | None:
+        """Announces a version. When it is live already, that is the answer and the push is over."""
+        answer = await self._ask(sampler_pb2.PushAdapterRequest(begin=begin), "accepted", "committed")
         if answer.HasField("accepted"):
-            for chunk in payloads.chunks(payload):
-                await call.write(sampler_pb2.PushAdapterRequest(chunk=chunk))
-            await call.write(sampler_pb2.PushAdapterRequest(commit=sampler_pb2.PushCommit()))
-            answer = await _answer(call)
-    except asyncio.InvalidStateError:
-        # A write found the call ended; reading tells why.
-        answer = await _answer(call)
-    if not answer.HasField("committed"):
-        raise InternalError("the sampler accepted the push a second time instead of committing it")
-    await call.done_writing()
-    await call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
-    return answer.committed
+            return None
+        await self._end()
+        return answer.committed
 
+    async def send(self, payload: bytes | memoryview) -> None:
+        """Sends the whole payload."""
+        for chunk in payloads.chunks(payload):
+            if not await self._write(sampler_pb2.PushAdapterRequest(chunk=chunk)):
+                return  # the sampler has ended the call; the next step hears why
 
-async def _answer(call: Any) -> sampler_pb2.PushAdapterResponse:
-    answer = await call.read()
-    if answer is grpc.aio.EOF:
-        raise InternalError("the sampler ended the push without committing it")
-    return answer
+    async def prepare(self, probes: Sequence[Sequence[int]] = ()) -> list[np.ndarray]:
+        """Waits until every rank has the version, which does not make it live.
+
+        Returns one float32 [N - 1] per probe of N tokens: the log-probabilities that the version gives to them.
+        """
+        frame = sampler_pb2.PushPrepare(probes=[common_pb2.TokenSequence(tokens=tokens) for tokens in probes])
+        answer = await self._ask(sampler_pb2.PushAdapterRequest(prepare=frame), "prepared")
+        return [tensors.decode(tensor) for tensor in answer.prepared.logprobs]
+
+    async def commit(self) -> sampler_pb2.PushCommitted:
+        """Makes the version live and ends the push."""
+        answer = await self._ask(sampler_pb2.PushAdapterRequest(commit=sampler_pb2.PushCommit()), "committed")
+        await self._end()
+        return answer.committed
+
+    def close(self) -> None:
+        """Ends the push. Before the commit, that leaves nothing on the sampler."""
+        self._call.cancel()
+
+    async def _ask(self, request: sampler_pb2.PushAdapterRequest, *expected: str) -> sampler_pb2.PushAdapterResponse:
+        try:
+            await self._write(request)
+            answer = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(await self._status.error(error), "the sampler") from error
+        if answer is grpc.aio.EOF:
+            raise InternalError("the sampler ended the push without committing it")
+        if answer.WhichOneof("frame") not in expected:
+            raise InternalError(f"the sampler answered {answer.WhichOneof('frame')}, and not {' or '.join(expected)}")
+        return answer
+
+    async def _write(self, request: sampler_pb2.PushAdapterRequest) -> bool:
+        """False when the sampler has ended the call; reading tells why."""
+        try:
+            await self._call.write(request)
+        except asyncio.InvalidStateError:
+            return False
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(await self._status.error(error), "the sampler") from error
+        return True
+
+    async def _end(self) -> None:
+        await self._call.done_writing()
+        await self._call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one

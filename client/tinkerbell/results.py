@@ -12,6 +12,8 @@ import numpy as np
 from tinkerbell.inputs import AdamParams
 from tinkerbell.lora import LoraConfig
 
+ReplicaState = Literal["committed", "already_live", "down"]
+"""Whether a sampler has made a version live, had it already, or could not be reached."""
 FinishReason = Literal["stop", "length"]
 """stop: an end-of-sequence token or a stop string. length: max_tokens, or the end of the model's context."""
 
@@ -96,7 +98,7 @@ class TrainerInfo:
     """Largest rank of an adapter."""
     max_batch_tokens: int
     """Most tokens in one forward or forward_backward."""
-    sampler_address: str
+    sampler_addresses: tuple[str, ...]
     """Where adapters are published to; empty when nowhere."""
     target_modules: tuple[str, ...]
     """Linear layers that adapters of this base model can have."""
@@ -182,6 +184,64 @@ class OptimStepResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogprobDifference:
+    """How far apart the log-probabilities are that two models give to the same tokens."""
+
+    mean: float
+    """Of the absolute differences."""
+    max: float
+    """Largest absolute difference."""
+    tokens: int
+    """Tokens compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaPublication:
+    """What became of a version at one sampler."""
+
+    address: str
+    """HOST:PORT."""
+    state: ReplicaState
+    """Whether it made the version live, or had it. One that was down gets the version as soon as it is back."""
+    sent_bytes: int
+    """Payload bytes that were sent to it."""
+    seconds: float
+    """From BEGIN to its answer to COMMIT."""
+    error: str
+    """Why it does not have the version; empty if it has."""
+    difference: LogprobDifference | None
+    """How far it is from the trainer, if that was asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaVerification:
+    """One sampler compared with the trainer."""
+
+    address: str
+    """HOST:PORT."""
+    difference: LogprobDifference | None
+    """The distance; None when there is an error."""
+    agrees: bool
+    """Whether it is within the tolerance."""
+    error: str
+    """Why it could not be compared; empty if it could."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyResult:
+    """All samplers compared with the trainer."""
+
+    version: int
+    """The latest published version, which was compared."""
+    digest: str
+    """Its digest."""
+    steps_since: int
+    """Optimizer steps since it was published, which are a good reason to differ."""
+    replicas: tuple[ReplicaVerification, ...]
+    """One per sampler, in order of address."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SyncResult:
     """A published version."""
 
@@ -192,9 +252,11 @@ class SyncResult:
     transport: str
     """How the tensors travelled, for example "grpc"."""
     sent_bytes: int
-    """Payload bytes that were sent; 0 when the sampler had the version already."""
+    """Payload bytes that were sent, to all samplers together; 0 when all had the version already."""
     seconds: float
-    """From snapshot to commit."""
+    """From snapshot to the last commit."""
+    replicas: tuple[ReplicaPublication, ...]
+    """One per sampler, in order of address."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +339,8 @@ class AdapterVersion:
     """Its version; 0 for the bare base model."""
     digest: str
     """The version's digest; for the bare base model, its fingerprint."""
+    base_model_fingerprint: str
+    """The base model's fingerprint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +357,18 @@ class LiveVersion:
     """Bytes of its payload."""
     active_requests: int
     """Requests running on it."""
+    leases: int
+    """Leases on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """A version that a sampler keeps for a while."""
+
+    lease_id: str
+    """Names the lease."""
+    version: AdapterVersion
+    """What is kept."""
 
 
 @dataclasses.dataclass(frozen=True)

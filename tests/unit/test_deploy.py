@@ -110,9 +110,8 @@ def test_trainer_pushes_to_every_replica_of_the_sampler(documents):
     assert headless["clusterIP"] == "None"
     assert headless["publishNotReadyAddresses"], "a replica gets its adapters before it is ready"
     port = listen_port(sampler["template"]["spec"]["containers"][0])
-    assert flags(trainer, "--sampler") == [
-        f"tinkerbell-sampler-{replica}.{sampler['serviceName']}:{port}" for replica in range(sampler["replicas"])
-    ]
+    assert flags(trainer, "--sampler") == [f"dns:{sampler['serviceName']}:{port}"]
+    assert "--await-trainer" in sampler["template"]["spec"]["containers"][0]["args"], "ready means current"
 
 
 def test_checkpoints_outlive_the_pod(documents):

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import random
+import typing
 from pathlib import Path
 
 import pytest
@@ -36,21 +37,29 @@ class FakeEngine:
         self.go.set()
         self.error = None
 
-    async def install(self, version, specs, buffer):
+    async def install(self, version):
         await self.go.wait()
         if self.error:
             raise self.error
-        self.installed[version.version] = read(buffer.path)
-        assert len(self.installed[version.version]) == specs[-1].offset + specs[-1].size_bytes
+        self.installed[version.version] = read(version.payload.path)
+        last = version.manifest.tensors[-1]
+        assert len(self.installed[version.version]) == last.offset + last.size_bytes
+
+    def drop(self, version):
+        del self.installed[version.version]
+        version.payload.close()
 
 
 class World:
     """A registry with pushes into a fake engine."""
 
+    all: typing.ClassVar[list["World"]] = []
+
     def __init__(self, checkpoint):
+        World.all.append(self)
         self.engine = FakeEngine()
-        self.registry = Registry(2, lambda version: None)
-        self.pushes = Pushes(checkpoint, 4, self.registry, self.engine.install)
+        self.registry = Registry(2, self.engine.drop)
+        self.pushes = Pushes(checkpoint, 4, self.registry, self.engine.install, self.engine.drop)
 
     async def push(self, version, manifest, chunks):
         """The version that is live afterwards."""
@@ -61,6 +70,20 @@ class World:
             for chunk in chunks:
                 push.add(chunk)
             return await push.commit()
+
+
+def end_worlds():
+    """Frees the payloads of live versions."""
+    while World.all:
+        registry = World.all.pop().registry
+        for adapter_id in registry.adapters():
+            registry.unload(adapter_id, 0)
+
+
+@pytest.fixture(autouse=True)
+def ended_worlds():
+    yield
+    end_worlds()
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +134,50 @@ async def test_a_committed_push_is_live_and_the_engine_had_its_bytes(checkpoint)
     manifest, data = adapter(checkpoint, 1)
     live = await world.push(1, manifest, small_chunks(data))
     assert world.registry.latest("a") is live
-    assert (live.version, live.digest, live.size_bytes) == (1, manifest.digest, len(data))
+    assert (live.version, live.digest) == (1, manifest.digest)
     assert world.engine.installed == {1: data}
+    assert bytes(live.payload.view) == data
+    end_worlds()
+    assert world.engine.installed == {}
+    assert staged_bytes() == 0
+
+
+async def test_a_prepared_push_is_in_the_engine_and_only_its_commit_makes_it_live(checkpoint):
+    world = World(checkpoint)
+    manifest, data = adapter(checkpoint, 1)
+    for commits in (False, True):
+        with contextlib.closing(world.pushes.begin("a", 1, manifest)) as push:
+            for chunk in small_chunks(data):
+                push.add(chunk)
+            assert (await push.prepare()).digest == manifest.digest
+            assert world.engine.installed == {1: data}
+            assert world.registry.adapters() == {}
+            if commits:
+                await push.commit()
+        assert (world.registry.latest("a") is not None) == commits
+        assert bool(world.engine.installed) == commits
+        assert bool(staged_bytes()) == commits
+
+
+async def test_a_prepare_that_outlives_its_caller_leaves_nothing(checkpoint):
+    world = World(checkpoint)
+    manifest, data = adapter(checkpoint, 1)
+    world.engine.go.clear()
+    push = world.pushes.begin("a", 1, manifest)
+    for chunk in small_chunks(data):
+        push.add(chunk)
+    caller = asyncio.create_task(push.prepare())
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    push.close()
+    world.engine.go.set()
+    await asyncio.sleep(0.01)
+    assert world.engine.installed == {}
+    assert world.registry.adapters() == {}
+    assert staged_bytes() == 0
+    assert (await world.push(1, manifest, small_chunks(data))).version == 1
 
 
 async def test_the_same_digest_again_moves_nothing(checkpoint):
@@ -251,5 +316,6 @@ def test_a_damaged_payload_never_installs_and_the_next_push_succeeds(checkpoint,
         assert world.engine.installed == {}
         assert staged_bytes() == 0
         assert (await world.push(1, manifest, small_chunks(data))).digest == manifest.digest
+        end_worlds()
 
     asyncio.run(scenario())

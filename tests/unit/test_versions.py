@@ -9,7 +9,8 @@ from tinkerbell.v1 import common_pb2
 
 def version(number: int, adapter_id: str = "a") -> Version:
     lora = common_pb2.LoraConfig(rank=8, alpha=16, target_modules=["q_proj"])
-    return Version(adapter_id=adapter_id, version=number, digest=f"{number:064x}", lora=lora, size_bytes=4)
+    manifest = common_pb2.AdapterManifest(lora=lora, digest=f"{number:064x}", size_bytes=4)
+    return Version(adapter_id=adapter_id, version=number, manifest=manifest, payload=None, lora=lora)
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def live(registry: Registry) -> list[int]:
 
 def test_a_request_without_a_version_gets_the_latest_at_admission_and_keeps_it(registry):
     registry.publish(version(1))
-    with registry.lease("a", 0) as leased:
+    with registry.use("a", 0) as leased:
         registry.publish(version(2))
         assert leased.version == 1
-        with registry.lease("a", 0) as later:
+        with registry.use("a", 0) as later:
             assert later.version == 2
 
 
@@ -44,25 +45,40 @@ def test_the_last_versions_stay_and_older_ones_are_dropped(registry, dropped):
 
 def test_an_old_version_with_a_request_stays_until_the_request_has_ended(registry, dropped):
     registry.publish(version(1))
-    with registry.lease("a", 1):
+    with registry.use("a", 1):
         registry.publish(version(2))
         registry.publish(version(3))
         assert live(registry) == [1, 2, 3]
         assert dropped == []
-        with registry.lease("a", 1):  # it is live, so it can still be asked for
+        with registry.use("a", 1):  # it is live, so it can still be asked for
             pass
         assert dropped == []
     assert live(registry) == [2, 3]
     assert dropped == [1]
 
 
+def test_a_leased_version_stays_without_requests_and_can_be_asked_for(registry, dropped):
+    registry.publish(version(1))
+    with registry.lease("a", 1):
+        for number in (2, 3, 4):
+            registry.publish(version(number))
+        assert live(registry) == [1, 3, 4]
+        with registry.use("a", 1) as used:
+            assert used.version == 1
+        assert live(registry) == [1, 3, 4]
+        (entry, *_) = registry.adapters()["a"]
+        assert (entry.active_requests, entry.leases) == (0, 1)
+    assert live(registry) == [3, 4]
+    assert dropped == [2, 1]
+
+
 def test_unload_hides_at_once_and_drops_when_idle(registry, dropped):
     registry.publish(version(1))
     registry.publish(version(2))
-    with registry.lease("a", 2):
+    with registry.use("a", 2):
         assert registry.unload("a", 0) == [1, 2]
         assert dropped == [1]
-        with pytest.raises(ServiceError) as refused, registry.lease("a", 2):
+        with pytest.raises(ServiceError) as refused, registry.use("a", 2):
             pass
         assert (refused.value.code, refused.value.reason) == (Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
     assert dropped == [1, 2]
@@ -78,7 +94,7 @@ def test_unloading_the_latest_makes_the_one_before_it_the_latest(registry):
 def test_a_version_pushed_again_while_its_first_life_lingers_has_another_name_and_id(registry):
     first, second = version(1), version(1)
     registry.publish(first)
-    with registry.lease("a", 1):
+    with registry.use("a", 1):
         registry.unload("a", 1)
         registry.publish(second)
         assert registry.find("a", 1) is second
@@ -90,10 +106,10 @@ def test_a_version_pushed_again_while_its_first_life_lingers_has_another_name_an
 def test_what_is_missing_is_named_with_what_there_is(registry):
     registry.publish(version(1, "b"))
     registry.publish(version(3, "b"))
-    with pytest.raises(ServiceError) as refused, registry.lease("a", 0):
+    with pytest.raises(ServiceError) as refused, registry.use("a", 0):
         pass
     assert refused.value.metadata == {"adapter_id": "a", "adapters": "b"}
-    with pytest.raises(ServiceError) as refused, registry.lease("b", 2):
+    with pytest.raises(ServiceError) as refused, registry.use("b", 2):
         pass
     assert refused.value.reason == "VERSION_NOT_FOUND"
     assert refused.value.metadata["versions"] == "1,3"
@@ -132,7 +148,7 @@ def test_no_version_is_dropped_twice_or_while_it_is_leased(operations, keep):
             published.append(version(len(published) + 1))
             registry.publish(published[-1])
         elif operation == "lease" and latest:
-            lease = registry.lease("a", 0)
+            lease = registry.use("a", 0)
             leases.append((lease, lease.__enter__()))
         elif operation == "release" and leases:
             lease, _ = leases.pop(0)

@@ -1,1 +1,1 @@
-"""Ways for adapter versions to reach a sampler."""
+"""Ways for adapter versions to reach the samplers, and what keeps every sampler current."""

@@ -79,6 +79,20 @@ class AsyncSamplerClient:
         response = await self._connection.call(self._stub.UnloadAdapter, request)
         return list(response.versions)
 
+    async def lease_version(
+        self, adapter_id: str, version: int = 0, *, ttl_seconds: float = 600.0, lease_id: str = ""
+    ) -> results.Lease:
+        """See `SamplerClient.lease_version`."""
+        request = sampler_pb2.LeaseVersionRequest(
+            adapter_id=adapter_id, version=version, ttl_seconds=ttl_seconds, lease_id=lease_id
+        )
+        response = await self._connection.call(self._stub.LeaseVersion, request)
+        return results.Lease(response.lease_id, _decode.adapter_version(response.version))
+
+    async def release_lease(self, lease_id: str) -> None:
+        """See `SamplerClient.release_lease`."""
+        await self._connection.call(self._stub.ReleaseLease, sampler_pb2.ReleaseLeaseRequest(lease_id=lease_id))
+
     async def get_backend_info(self) -> results.SamplerInfo:
         """See `SamplerClient.get_backend_info`."""
         request = sampler_pb2.SamplerServiceGetBackendInfoRequest()

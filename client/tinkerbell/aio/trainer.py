@@ -16,7 +16,7 @@ from tinkerbell._order import OperationOrder
 from tinkerbell._retry import DEFAULT_RETRY, Retry, new_request_id
 from tinkerbell.custom_loss import CustomLoss
 from tinkerbell.errors import InternalError, NotFoundError, TinkerbellError
-from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig, loss_function
+from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig, Verification, loss_function
 from tinkerbell.lora import LoraConfig
 from tinkerbell.v1 import common_pb2, trainer_pb2, trainer_pb2_grpc
 
@@ -163,9 +163,17 @@ class AsyncTrainerClient:
         """See `TrainerClient.forward`."""
         return self._connection.start(self._forward(forward_request(adapter_id, data, loss, loss_config, overrides)))
 
-    def sync_adapter_to_vllm(self, adapter_id: str) -> asyncio.Future[results.SyncResult]:
+    def sync_adapter_to_vllm(
+        self, adapter_id: str, verify: Verification | bool = False
+    ) -> asyncio.Future[results.SyncResult]:
         """See `TrainerClient.sync_adapter_to_vllm`."""
-        return self._connection.start(self._sync_adapter_to_vllm(adapter_id))
+        return self._connection.start(self._sync_adapter_to_vllm(adapter_id, verify))
+
+    def verify_adapter(
+        self, adapter_id: str, verification: Verification | None = None
+    ) -> asyncio.Future[results.VerifyResult]:
+        """See `TrainerClient.verify_adapter`."""
+        return self._connection.start(self._verify_adapter(adapter_id, verification))
 
     async def export_peft_folder(self, adapter_id: str, folder: str | os.PathLike[str]) -> None:
         """See `TrainerClient.export_peft_folder`."""
@@ -195,9 +203,26 @@ class AsyncTrainerClient:
     async def _forward(self, request: trainer_pb2.ForwardRequest) -> results.ForwardResult:
         return _decode.forward_result(await self._connection.mutate(self._stub.Forward, request))
 
-    async def _sync_adapter_to_vllm(self, adapter_id: str) -> results.SyncResult:
-        request = trainer_pb2.SyncAdapterRequest(adapter_id=adapter_id, request_id=new_request_id())
-        return _decode.sync_result(await self._connection.mutate(self._stub.SyncAdapter, request))
+    def _sync_adapter_to_vllm(
+        self, adapter_id: str, verify: Verification | bool
+    ) -> Coroutine[Any, Any, results.SyncResult]:
+        request = sync_request(adapter_id, verify)
+
+        async def sync() -> results.SyncResult:
+            return _decode.sync_result(await self._connection.mutate(self._stub.SyncAdapter, request))
+
+        return sync()
+
+    def _verify_adapter(
+        self, adapter_id: str, verification: Verification | None
+    ) -> Coroutine[Any, Any, results.VerifyResult]:
+        verification = verification or Verification()
+        request = trainer_pb2.VerifyAdapterRequest(adapter_id=adapter_id, verify=verification.to_proto())
+
+        async def verify() -> results.VerifyResult:
+            return _decode.verify_result(await self._connection.call(self._stub.VerifyAdapter, request))
+
+        return verify()
 
     async def _import(
         self, begin: trainer_pb2.ImportBegin, lora: LoraConfig, weights: Mapping[str, np.ndarray]
@@ -295,9 +320,13 @@ class AsyncTrainingRun:
         """See `TrainingRun.optim_step`."""
         return self._start(self._optim_step(adam, overrides))
 
-    def sync_adapter_to_vllm(self) -> asyncio.Future[results.SyncResult]:
+    def sync_adapter_to_vllm(self, verify: Verification | bool = False) -> asyncio.Future[results.SyncResult]:
         """See `TrainingRun.sync_adapter_to_vllm`."""
-        return self._start(self._sync_adapter_to_vllm())
+        return self._start(self._sync_adapter_to_vllm(verify))
+
+    def verify_adapter(self, verification: Verification | None = None) -> asyncio.Future[results.VerifyResult]:
+        """See `TrainingRun.verify_adapter`."""
+        return self._client.verify_adapter(self.adapter_id, verification)
 
     def save_checkpoint(self, name: str = "", ttl_seconds: float = 0) -> asyncio.Future[results.Checkpoint]:
         """See `TrainingRun.save_checkpoint`."""
@@ -411,8 +440,8 @@ class AsyncTrainingRun:
         )
         return self._numbered(request, self._client._stub.OptimStep, _decode.optim_step_result)
 
-    def _sync_adapter_to_vllm(self) -> Coroutine[Any, Any, results.SyncResult]:
-        request = trainer_pb2.SyncAdapterRequest(adapter_id=self.adapter_id, request_id=new_request_id())
+    def _sync_adapter_to_vllm(self, verify: Verification | bool) -> Coroutine[Any, Any, results.SyncResult]:
+        request = sync_request(self.adapter_id, verify)
         return self._numbered(request, self._client._stub.SyncAdapter, _decode.sync_result)
 
     def _save_checkpoint(self, name: str, ttl_seconds: float) -> Coroutine[Any, Any, results.Checkpoint]:
@@ -531,3 +560,11 @@ async def _iterate(opened: asyncio.Future[Export]) -> NamedArrays:
 
 async def _collect(opened: asyncio.Future[Export]) -> dict[str, np.ndarray]:
     return {name: array async for name, array in (await opened).arrays()}
+
+
+def sync_request(adapter_id: str, verify: Verification | bool) -> trainer_pb2.SyncAdapterRequest:
+    """The request to publish an adapter. ValueError when a probe is none."""
+    request = trainer_pb2.SyncAdapterRequest(adapter_id=adapter_id, request_id=new_request_id())
+    if verify:
+        request.verify.CopyFrom((Verification() if verify is True else verify).to_proto())
+    return request

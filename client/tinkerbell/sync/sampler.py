@@ -97,6 +97,22 @@ class SamplerClient:
         """
         return self._loop.run(self._client.unload_adapter(adapter_id, version))
 
+    def lease_version(
+        self, adapter_id: str, version: int = 0, *, ttl_seconds: float = 600.0, lease_id: str = ""
+    ) -> results.Lease:
+        """Keeps a version (0 for the latest) live for a while, however many newer ones come.
+
+        `ttl_seconds`: from now on, at most a day. `lease_id`: prolongs that lease. A lease is of one sampler and ends
+        with it.
+        """
+        return self._loop.run(
+            self._client.lease_version(adapter_id, version, ttl_seconds=ttl_seconds, lease_id=lease_id)
+        )
+
+    def release_lease(self, lease_id: str) -> None:
+        """Ends a lease early."""
+        self._loop.run(self._client.release_lease(lease_id))
+
     def get_backend_info(self) -> results.SamplerInfo:
         """Base model, device, versions and limits of the sampler."""
         return self._loop.run(self._client.get_backend_info())

@@ -12,7 +12,7 @@ from tinkerbell._background import loop_thread
 from tinkerbell._retry import DEFAULT_RETRY, Retry
 from tinkerbell.aio.trainer import AsyncTrainerClient, AsyncTrainingRun, export_request, forward_request
 from tinkerbell.custom_loss import CustomLoss
-from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig
+from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig, Verification
 
 
 class TrainerClient:
@@ -185,9 +185,16 @@ class TrainerClient:
         request = forward_request(adapter_id, data, loss, loss_config, overrides)
         return self._loop.submit(self._client._forward(request))
 
-    def sync_adapter_to_vllm(self, adapter_id: str) -> Future[results.SyncResult]:
+    def sync_adapter_to_vllm(self, adapter_id: str, verify: Verification | bool = False) -> Future[results.SyncResult]:
         """As `TrainingRun.sync_adapter_to_vllm`, but not numbered: it runs when it arrives."""
-        return self._loop.submit(self._client._sync_adapter_to_vllm(adapter_id))
+        return self._loop.submit(self._client._sync_adapter_to_vllm(adapter_id, verify))
+
+    def verify_adapter(self, adapter_id: str, verification: Verification | None = None) -> Future[results.VerifyResult]:
+        """Compares the version that the samplers serve with the weights that the trainer holds.
+
+        An adapter that was trained after its last sync differs for good reason; `steps_since` tells.
+        """
+        return self._loop.submit(self._client._verify_adapter(adapter_id, verification))
 
     @overload
     def export_adapter_weights(
@@ -294,12 +301,21 @@ class TrainingRun:
         """
         return self._loop.submit_to_the_end(self._run._optim_step(adam, overrides))
 
-    def sync_adapter_to_vllm(self) -> Future[results.SyncResult]:
-        """Publishes the current weights as a new immutable version; done when the sampler serves it.
+    def sync_adapter_to_vllm(self, verify: Verification | bool = False) -> Future[results.SyncResult]:
+        """Publishes the current weights as a new immutable version; done when all samplers serve it.
 
-        Weights that did not change since the last version keep that version and move no bytes.
+        When one of them fails, none changes, and the error says which failed. One that cannot be reached at all is left
+        out, and gets the version when it is back. Weights that did not change since the last version keep that version
+        and move no bytes.
+
+        `verify`: let every sampler score a probe first, and publish only what agrees with the trainer, or else raise
+        FailedPreconditionError (SAMPLER_DISAGREES).
         """
-        return self._loop.submit_to_the_end(self._run._sync_adapter_to_vllm())
+        return self._loop.submit_to_the_end(self._run._sync_adapter_to_vllm(verify))
+
+    def verify_adapter(self, verification: Verification | None = None) -> Future[results.VerifyResult]:
+        """See `TrainerClient.verify_adapter`; not numbered: it runs when it arrives."""
+        return self._loop.submit(self._run._client._verify_adapter(self.adapter_id, verification))
 
     def save_checkpoint(self, name: str = "", ttl_seconds: float = 0) -> Future[results.Checkpoint]:
         """Writes weights, optimizer and place in the order of operations to the trainer's disk.

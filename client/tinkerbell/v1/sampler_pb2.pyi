@@ -18,14 +18,16 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class PushAdapterRequest(_message.Message):
-    __slots__ = ("begin", "chunk", "commit")
+    __slots__ = ("begin", "chunk", "commit", "prepare")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
     begin: PushBegin
     chunk: _common_pb2.PayloadChunk
     commit: PushCommit
-    def __init__(self, begin: _Optional[_Union[PushBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ...) -> None: ...
+    prepare: PushPrepare
+    def __init__(self, begin: _Optional[_Union[PushBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., prepare: _Optional[_Union[PushPrepare, _Mapping]] = ...) -> None: ...
 
 class PushBegin(_message.Message):
     __slots__ = ("adapter_id", "version", "manifest")
@@ -37,21 +39,35 @@ class PushBegin(_message.Message):
     manifest: _common_pb2.AdapterManifest
     def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ...) -> None: ...
 
+class PushPrepare(_message.Message):
+    __slots__ = ("probes",)
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    probes: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenSequence]
+    def __init__(self, probes: _Optional[_Iterable[_Union[_common_pb2.TokenSequence, _Mapping]]] = ...) -> None: ...
+
 class PushCommit(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class PushAdapterResponse(_message.Message):
-    __slots__ = ("accepted", "committed")
+    __slots__ = ("accepted", "committed", "prepared")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
     accepted: PushAccepted
     committed: PushCommitted
-    def __init__(self, accepted: _Optional[_Union[PushAccepted, _Mapping]] = ..., committed: _Optional[_Union[PushCommitted, _Mapping]] = ...) -> None: ...
+    prepared: PushPrepared
+    def __init__(self, accepted: _Optional[_Union[PushAccepted, _Mapping]] = ..., committed: _Optional[_Union[PushCommitted, _Mapping]] = ..., prepared: _Optional[_Union[PushPrepared, _Mapping]] = ...) -> None: ...
 
 class PushAccepted(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PushPrepared(_message.Message):
+    __slots__ = ("logprobs",)
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.Tensor]
+    def __init__(self, logprobs: _Optional[_Iterable[_Union[_common_pb2.Tensor, _Mapping]]] = ...) -> None: ...
 
 class PushCommitted(_message.Message):
     __slots__ = ("version", "already_live")
@@ -62,14 +78,78 @@ class PushCommitted(_message.Message):
     def __init__(self, version: _Optional[_Union[AdapterVersion, _Mapping]] = ..., already_live: _Optional[bool] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("adapter_id", "version", "digest")
+    __slots__ = ("adapter_id", "version", "digest", "base_model_fingerprint")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: int
     digest: str
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+    base_model_fingerprint: str
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., base_model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class ExportAdapterVersionRequest(_message.Message):
+    __slots__ = ("adapter_id", "version")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    version: int
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class ExportAdapterVersionResponse(_message.Message):
+    __slots__ = ("head", "chunk")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    head: ExportedVersion
+    chunk: _common_pb2.PayloadChunk
+    def __init__(self, head: _Optional[_Union[ExportedVersion, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ...) -> None: ...
+
+class ExportedVersion(_message.Message):
+    __slots__ = ("version", "manifest")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    version: AdapterVersion
+    manifest: _common_pb2.AdapterManifest
+    def __init__(self, version: _Optional[_Union[AdapterVersion, _Mapping]] = ..., manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ...) -> None: ...
+
+class LeaseVersionRequest(_message.Message):
+    __slots__ = ("adapter_id", "version", "ttl_seconds", "lease_id")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TTL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    version: int
+    ttl_seconds: float
+    lease_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., ttl_seconds: _Optional[float] = ..., lease_id: _Optional[str] = ...) -> None: ...
+
+class LeaseVersionResponse(_message.Message):
+    __slots__ = ("lease_id", "version")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    version: AdapterVersion
+    def __init__(self, lease_id: _Optional[str] = ..., version: _Optional[_Union[AdapterVersion, _Mapping]] = ...) -> None: ...
+
+class ReleaseLeaseRequest(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
+
+class ReleaseLeaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConfirmCurrentRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ConfirmCurrentResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()
@@ -92,18 +172,20 @@ class SampledAdapter(_message.Message):
     def __init__(self, adapter_id: _Optional[str] = ..., latest_version: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[LiveVersion, _Mapping]]] = ...) -> None: ...
 
 class LiveVersion(_message.Message):
-    __slots__ = ("version", "digest", "lora", "size_bytes", "active_requests")
+    __slots__ = ("version", "digest", "lora", "size_bytes", "active_requests", "leases")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     lora: _common_pb2.LoraConfig
     size_bytes: int
     active_requests: int
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., size_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ...) -> None: ...
+    leases: int
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., lora: _Optional[_Union[_common_pb2.LoraConfig, _Mapping]] = ..., size_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., leases: _Optional[int] = ...) -> None: ...
 
 class UnloadAdapterRequest(_message.Message):
     __slots__ = ("adapter_id", "version")
@@ -118,12 +200,6 @@ class UnloadAdapterResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     versions: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, versions: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class TokenSequence(_message.Message):
-    __slots__ = ("tokens",)
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
-    tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)
@@ -169,11 +245,11 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: int
-    tokens: TokenSequence
+    tokens: _common_pb2.TokenSequence
     text: str
     chat: Chat
     sampling: SamplingParams
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., tokens: _Optional[_Union[TokenSequence, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., tokens: _Optional[_Union[_common_pb2.TokenSequence, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token", "logprob")
@@ -216,8 +292,8 @@ class ComputeLogprobsRequest(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: int
-    sequences: _containers.RepeatedCompositeFieldContainer[TokenSequence]
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[TokenSequence, _Mapping]]] = ...) -> None: ...
+    sequences: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenSequence]
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[_common_pb2.TokenSequence, _Mapping]]] = ...) -> None: ...
 
 class ComputeLogprobsResponse(_message.Message):
     __slots__ = ("served_by", "logprobs")
@@ -232,7 +308,7 @@ class SamplerServiceGetBackendInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SamplerServiceGetBackendInfoResponse(_message.Message):
-    __slots__ = ("base_model", "device", "versions", "max_rank", "max_loras", "keep_versions", "active_requests", "target_modules")
+    __slots__ = ("base_model", "device", "versions", "max_rank", "max_loras", "keep_versions", "active_requests", "target_modules", "instance_id")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +324,7 @@ class SamplerServiceGetBackendInfoResponse(_message.Message):
     KEEP_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModelInfo
     device: str
     versions: _containers.ScalarMap[str, str]
@@ -256,4 +333,5 @@ class SamplerServiceGetBackendInfoResponse(_message.Message):
     keep_versions: int
     active_requests: int
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_rank: _Optional[int] = ..., max_loras: _Optional[int] = ..., keep_versions: _Optional[int] = ..., active_requests: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    instance_id: str
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_rank: _Optional[int] = ..., max_loras: _Optional[int] = ..., keep_versions: _Optional[int] = ..., active_requests: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., instance_id: _Optional[str] = ...) -> None: ...

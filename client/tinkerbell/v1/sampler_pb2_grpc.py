@@ -43,6 +43,26 @@ class SamplerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterResponse.FromString,
                 _registered_method=True)
+        self.ExportAdapterVersion = channel.unary_stream(
+                '/tinkerbell.v1.SamplerService/ExportAdapterVersion',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionResponse.FromString,
+                _registered_method=True)
+        self.LeaseVersion = channel.unary_unary(
+                '/tinkerbell.v1.SamplerService/LeaseVersion',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.LeaseVersionRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.LeaseVersionResponse.FromString,
+                _registered_method=True)
+        self.ReleaseLease = channel.unary_unary(
+                '/tinkerbell.v1.SamplerService/ReleaseLease',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ReleaseLeaseRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ReleaseLeaseResponse.FromString,
+                _registered_method=True)
+        self.ConfirmCurrent = channel.unary_unary(
+                '/tinkerbell.v1.SamplerService/ConfirmCurrent',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ConfirmCurrentRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ConfirmCurrentResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/tinkerbell.v1.SamplerService/ListAdapters',
                 request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ListAdaptersRequest.SerializeToString,
@@ -79,8 +99,39 @@ class SamplerServiceServicer:
 
     def PushAdapter(self, request_iterator, context):
         """Installs one version of an adapter from a stream of frames: BEGIN, CHUNK..., COMMIT. The sampler answers BEGIN
-        with PushAccepted and COMMIT with PushCommitted. Without COMMIT nothing is installed, whatever ended the
-        stream; a failed push leaves nothing behind. One push at a time per adapter; a second one is ABORTED.
+        with PushAccepted and COMMIT with PushCommitted. PREPARE may come before COMMIT, and is answered with
+        PushPrepared: whoever pushes to several samplers sends COMMIT when all of them have the version ready. Without
+        COMMIT nothing is installed, whatever ended the stream; a failed push leaves nothing behind. One push at a time
+        per adapter; a second one is ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportAdapterVersion(self, request, context):
+        """Reads a live version back as it was pushed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaseVersion(self, request, context):
+        """Keeps a version live for a while, however many newer ones come; asked again, for another while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseLease(self, request, context):
+        """Ends a lease early.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmCurrent(self, request, context):
+        """Tells the sampler that it has every current version. One that was started with --await-trainer reports ready
+        from then on; the trainer calls this when it has brought the sampler up to date.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +180,26 @@ def add_SamplerServiceServicer_to_server(servicer, server):
                     servicer.PushAdapter,
                     request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterResponse.SerializeToString,
+            ),
+            'ExportAdapterVersion': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportAdapterVersion,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionResponse.SerializeToString,
+            ),
+            'LeaseVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaseVersion,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.LeaseVersionRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.LeaseVersionResponse.SerializeToString,
+            ),
+            'ReleaseLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseLease,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ReleaseLeaseRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ReleaseLeaseResponse.SerializeToString,
+            ),
+            'ConfirmCurrent': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmCurrent,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ConfirmCurrentRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ConfirmCurrentResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -187,6 +258,114 @@ class SamplerService:
             '/tinkerbell.v1.SamplerService/PushAdapter',
             tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterRequest.SerializeToString,
             tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportAdapterVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tinkerbell.v1.SamplerService/ExportAdapterVersion',
+            tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaseVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.SamplerService/LeaseVersion',
+            tinkerbell_dot_v1_dot_sampler__pb2.LeaseVersionRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.LeaseVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.SamplerService/ReleaseLease',
+            tinkerbell_dot_v1_dot_sampler__pb2.ReleaseLeaseRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.ReleaseLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmCurrent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.SamplerService/ConfirmCurrent',
+            tinkerbell_dot_v1_dot_sampler__pb2.ConfirmCurrentRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.ConfirmCurrentResponse.FromString,
             options,
             channel_credentials,
             insecure,

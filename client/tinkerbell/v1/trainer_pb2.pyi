@@ -22,6 +22,13 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
     TRANSPORT_GRPC: _ClassVar[Transport]
+
+class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLICA_STATE_UNSPECIFIED: _ClassVar[ReplicaState]
+    REPLICA_STATE_COMMITTED: _ClassVar[ReplicaState]
+    REPLICA_STATE_ALREADY_LIVE: _ClassVar[ReplicaState]
+    REPLICA_STATE_DOWN: _ClassVar[ReplicaState]
 LOSS_FUNCTION_UNSPECIFIED: LossFunction
 LOSS_FUNCTION_CROSS_ENTROPY: LossFunction
 LOSS_FUNCTION_IMPORTANCE_SAMPLING: LossFunction
@@ -31,6 +38,10 @@ LOSS_FUNCTION_DRO: LossFunction
 LOSS_FUNCTION_CUSTOM: LossFunction
 TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_GRPC: Transport
+REPLICA_STATE_UNSPECIFIED: ReplicaState
+REPLICA_STATE_COMMITTED: ReplicaState
+REPLICA_STATE_ALREADY_LIVE: ReplicaState
+REPLICA_STATE_DOWN: ReplicaState
 
 class InitializeBaseModelRequest(_message.Message):
     __slots__ = ("model",)
@@ -67,7 +78,7 @@ class TrainerServiceGetBackendInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainerServiceGetBackendInfoResponse(_message.Message):
-    __slots__ = ("base_model", "device", "parallelism", "versions", "num_adapters", "num_resident_adapters", "max_adapters", "max_resident_adapters", "max_rank", "max_batch_tokens", "sampler_address", "target_modules")
+    __slots__ = ("base_model", "device", "parallelism", "versions", "num_adapters", "num_resident_adapters", "max_adapters", "max_resident_adapters", "max_rank", "max_batch_tokens", "sampler_addresses", "target_modules")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -85,7 +96,7 @@ class TrainerServiceGetBackendInfoResponse(_message.Message):
     MAX_RESIDENT_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    SAMPLER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModelInfo
     device: str
@@ -97,9 +108,9 @@ class TrainerServiceGetBackendInfoResponse(_message.Message):
     max_resident_adapters: int
     max_rank: int
     max_batch_tokens: int
-    sampler_address: str
+    sampler_addresses: _containers.RepeatedScalarFieldContainer[str]
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., parallelism: _Optional[_Union[Parallelism, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., num_adapters: _Optional[int] = ..., num_resident_adapters: _Optional[int] = ..., max_adapters: _Optional[int] = ..., max_resident_adapters: _Optional[int] = ..., max_rank: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., sampler_address: _Optional[str] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., parallelism: _Optional[_Union[Parallelism, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., num_adapters: _Optional[int] = ..., num_resident_adapters: _Optional[int] = ..., max_adapters: _Optional[int] = ..., max_resident_adapters: _Optional[int] = ..., max_rank: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., sampler_addresses: _Optional[_Iterable[str]] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Parallelism(_message.Message):
     __slots__ = ("world_size", "tensor", "pipeline", "data", "sequence_parallel")
@@ -429,30 +440,100 @@ class ExportAdapterWeightsResponse(_message.Message):
     def __init__(self, manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ...) -> None: ...
 
 class SyncAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id", "seq_id", "transport", "request_id")
+    __slots__ = ("adapter_id", "seq_id", "transport", "request_id", "verify")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     seq_id: int
     transport: Transport
     request_id: str
-    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    verify: Verification
+    def __init__(self, adapter_id: _Optional[str] = ..., seq_id: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ..., request_id: _Optional[str] = ..., verify: _Optional[_Union[Verification, _Mapping]] = ...) -> None: ...
+
+class Verification(_message.Message):
+    __slots__ = ("sequences", "tolerance")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    sequences: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenSequence]
+    tolerance: float
+    def __init__(self, sequences: _Optional[_Iterable[_Union[_common_pb2.TokenSequence, _Mapping]]] = ..., tolerance: _Optional[float] = ...) -> None: ...
 
 class SyncAdapterResponse(_message.Message):
-    __slots__ = ("version", "digest", "transport", "sent_bytes", "seconds")
+    __slots__ = ("version", "digest", "transport", "sent_bytes", "seconds", "replicas")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     transport: Transport
     sent_bytes: int
     seconds: float
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaPublication]
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaPublication, _Mapping]]] = ...) -> None: ...
+
+class ReplicaPublication(_message.Message):
+    __slots__ = ("address", "state", "sent_bytes", "seconds", "error", "difference")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    state: ReplicaState
+    sent_bytes: int
+    seconds: float
+    error: str
+    difference: LogprobDifference
+    def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., error: _Optional[str] = ..., difference: _Optional[_Union[LogprobDifference, _Mapping]] = ...) -> None: ...
+
+class LogprobDifference(_message.Message):
+    __slots__ = ("mean", "max", "tokens")
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    mean: float
+    max: float
+    tokens: int
+    def __init__(self, mean: _Optional[float] = ..., max: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class VerifyAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id", "verify")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    verify: Verification
+    def __init__(self, adapter_id: _Optional[str] = ..., verify: _Optional[_Union[Verification, _Mapping]] = ...) -> None: ...
+
+class VerifyAdapterResponse(_message.Message):
+    __slots__ = ("version", "digest", "steps_since", "replicas")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STEPS_SINCE_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    digest: str
+    steps_since: int
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaVerification]
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., steps_since: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaVerification, _Mapping]]] = ...) -> None: ...
+
+class ReplicaVerification(_message.Message):
+    __slots__ = ("address", "difference", "agrees", "error")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    AGREES_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    difference: LogprobDifference
+    agrees: bool
+    error: str
+    def __init__(self, address: _Optional[str] = ..., difference: _Optional[_Union[LogprobDifference, _Mapping]] = ..., agrees: _Optional[bool] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("checkpoint_id", "adapter_id", "lora", "step", "seq_id", "created_at", "expires_at", "size_bytes", "path", "base_model_fingerprint")

@@ -117,6 +117,11 @@ class TrainerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterResponse.FromString,
                 _registered_method=True)
+        self.VerifyAdapter = channel.unary_unary(
+                '/tinkerbell.v1.TrainerService/VerifyAdapter',
+                request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.VerifyAdapterRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.VerifyAdapterResponse.FromString,
+                _registered_method=True)
         self.SaveCheckpoint = channel.unary_unary(
                 '/tinkerbell.v1.TrainerService/SaveCheckpoint',
                 request_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.SerializeToString,
@@ -252,8 +257,17 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SyncAdapter(self, request, context):
-        """Publishes an adapter's current weights to the sampler as a new immutable version and answers when the
-        sampler serves it. Weights that did not change since the last version keep that version and move no bytes.
+        """Publishes an adapter's current weights to all samplers as a new immutable version and answers when they serve it.
+        First every sampler gets the version ready, then all make it live; when one fails before that, no sampler changes,
+        and the error says which failed. A sampler that can't be reached at all is left out, and brought up to date when
+        it is back. Weights that did not change since the last version keep that version and move no bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyAdapter(self, request, context):
+        """Compares what the samplers serve with what the trainer holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -360,6 +374,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.SyncAdapter,
                     request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterResponse.SerializeToString,
+            ),
+            'VerifyAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyAdapter,
+                    request_deserializer=tinkerbell_dot_v1_dot_trainer__pb2.VerifyAdapterRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_trainer__pb2.VerifyAdapterResponse.SerializeToString,
             ),
             'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveCheckpoint,
@@ -773,6 +792,33 @@ class TrainerService:
             '/tinkerbell.v1.TrainerService/SyncAdapter',
             tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterRequest.SerializeToString,
             tinkerbell_dot_v1_dot_trainer__pb2.SyncAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tinkerbell.v1.TrainerService/VerifyAdapter',
+            tinkerbell_dot_v1_dot_trainer__pb2.VerifyAdapterRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_trainer__pb2.VerifyAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

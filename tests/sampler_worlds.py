@@ -1,0 +1,125 @@
+"""Samplers with everything but vLLM: the real servicer, registry and pushes over gRPC. For tests of publishing."""
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from sampler_service.config import SamplerConfig
+from sampler_service.sampler import Sampler
+from sampler_service.server import SamplerServicer
+from service_common.checkpoint import Checkpoint
+from service_common.errors import ServiceError
+from service_common.lora import tensor_shapes
+from service_common.rpc import Server
+from tinkerbell import payload
+from tinkerbell.local import free_address
+from tinkerbell.v1 import common_pb2, sampler_pb2_grpc
+from trainer_service.engine import Snapshot
+
+HIDDEN = 8
+
+
+def tiny_checkpoint(folder: Path) -> Checkpoint:
+    """A Llama of one layer."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 1,
+        "hidden_size": HIDDEN,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {
+        f"model.layers.0.{block}.{module}.weight": torch.zeros(HIDDEN, HIDDEN)
+        for block, modules in {
+            "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+            "mlp": ("gate_proj", "up_proj", "down_proj"),
+        }.items()
+        for module in modules
+    }
+    save_file(weights, folder / "model.safetensors")
+    return Checkpoint("model", folder)
+
+
+def snapshot(checkpoint: Checkpoint, content: int) -> Snapshot:
+    """Weights of an adapter, all of them this number."""
+    lora = common_pb2.LoraConfig(rank=2, alpha=4, target_modules=["q_proj"])
+    shapes = tensor_shapes(checkpoint, lora)
+    manifest = payload.build_manifest(lora, shapes, common_pb2.DATA_TYPE_FLOAT32, checkpoint.fingerprint)
+    data = np.full(manifest.size_bytes // 4, content, np.float32).tobytes()
+    manifest.digest = payload.digest(manifest, data)
+    return Snapshot(manifest, memoryview(data))
+
+
+def scores(content: float, sequences) -> list[np.ndarray]:
+    """What `FakeEngine` answers for an adapter of this content."""
+    return [np.full(len(sequence) - 1, -content, np.float32) for sequence in sequences]
+
+
+class FakeEngine:
+    """Scores every token with minus the adapter's content."""
+
+    info = SimpleNamespace(device="cpu", dtype=common_pb2.DATA_TYPE_FLOAT32, max_model_len=64)
+
+    def __init__(self):
+        self.installed: dict[int, float] = {}
+        self.refusal: ServiceError | None = None
+        self.off_by = 0.0
+        self.installing = asyncio.Event()
+        self.go = asyncio.Event()
+        self.go.set()
+
+    async def install(self, version):
+        self.installing.set()
+        await self.go.wait()
+        if self.refusal:
+            raise self.refusal
+        self.installed[version.lora_id] = float(np.frombuffer(version.payload.view[:4], np.float32)[0])
+
+    def drop(self, version):
+        del self.installed[version.lora_id]
+        version.payload.close()
+
+    async def score(self, tokens, version):
+        return scores(self.installed[version.lora_id] + self.off_by, [tokens])[0]
+
+
+class SamplerWorld:
+    """One sampler that can die and come back, at an address of its own."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.address = free_address()
+        self._checkpoint = checkpoint
+
+    async def start(self) -> "SamplerWorld":
+        """Comes up with nothing."""
+        config = SamplerConfig("model", "float32", 8, 4, 2, None, 0, await_trainer=True)
+        self.engine = FakeEngine()
+        self.sampler = Sampler(config, self._checkpoint, self.engine, SimpleNamespace(present=False))
+        servicer = SamplerServicer()
+        servicer.attach(self.sampler)
+        self._server = Server(
+            self.address,
+            "tinkerbell.v1.SamplerService",
+            lambda server: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, server),
+        )
+        await self._server.start()
+        return self
+
+    async def stop(self) -> None:
+        """Goes down, in the middle of whatever it does."""
+        await self._server.drain(0)
+        for adapter_id in self.sampler.registry.adapters():
+            self.sampler.registry.unload(adapter_id, 0)
+
+    def live(self, adapter_id: str = "a") -> dict[int, float]:
+        """Content by live version."""
+        return {
+            entry.version.version: self.engine.installed[entry.version.lora_id]
+            for entry in self.sampler.registry.adapters().get(adapter_id, [])
+        }

@@ -1,0 +1,314 @@
+"""Keeps every sampler at the current version of every adapter.
+
+Two things bring a version to a sampler: `publish`, and the watch, which looks after every sampler all the time and
+brings one that is new, restarted or was missed by a `publish` up to date before it confirms that it is current.
+
+What is current lives in this process's memory. After a restart of the trainer it is what the samplers have: the watch
+adopts the highest version that any of them serves, and reads it from that one when another one lacks it.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from service_common import errors
+from tinkerbell.errors import TinkerbellError, UnavailableError
+from tinkerbell.payload import PayloadError
+from tinkerbell.v1 import common_pb2, sampler_pb2
+from trainer_service.engine import Snapshot, adapter_not_found
+from trainer_service.metrics import Metrics
+from trainer_service.publish.discovery import Discovery
+from trainer_service.publish.parity import Difference, Probe
+from trainer_service.publish.replica import Replica, Served
+from trainer_service.publish.transaction import ReplicaOutcome, ReplicaState, Transaction
+
+log = structlog.get_logger(__name__)
+
+_WATCH_SECONDS = 2.0
+
+# Notes, so that a restart does not lose it, that an adapter's versions up to this one are used.
+Reserve = Callable[[str, int], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A published version, and what became of it at each sampler, in order of address."""
+
+    version: int
+    digest: str
+    replicas: Sequence[ReplicaOutcome]
+
+    @property
+    def sent_bytes(self) -> int:
+        """To all samplers together."""
+        return sum(outcome.sent_bytes for outcome in self.replicas)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One sampler beside the trainer: a difference, or why there is none."""
+
+    address: str
+    difference: Difference | None
+    error: str
+
+
+@dataclass(frozen=True)
+class _Current:
+    """A current version. `snapshot` and `step` are None when it was found on a sampler."""
+
+    version: int
+    digest: str
+    snapshot: Snapshot | None = None
+    step: int | None = None
+
+
+@dataclass
+class _Adapter:
+    """An adapter that is looked after. `used`: the highest version number that may have been used."""
+
+    used: int
+    current: _Current | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True)
+class _State:
+    """The process at a sampler's address, and the latest versions that it has."""
+
+    instance: str
+    served: Mapping[str, Served]
+
+
+class Publisher:
+    """Publishes to all samplers that a discovery finds."""
+
+    def __init__(self, discovery: Discovery, reserve: Reserve, metrics: Metrics):
+        self._discovery = discovery
+        self._reserve = reserve
+        self._metrics = metrics
+        self._replicas: dict[str, Replica] = {}
+        self._adapters: dict[str, _Adapter] = {}
+        self._joining: dict[str, asyncio.Task[None]] = {}
+        self._looked = asyncio.Event()  # whether the samplers have been looked up
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the samplers that are known now, in order."""
+        return sorted(self._replicas)
+
+    def start(self) -> None:
+        """Begins to watch. For when the trainer has all its adapters: what it does not have it does not look after."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+
+    def manage(self, adapter_id: str, version: int = 0) -> None:
+        """Looks after an adapter whose versions up to `version` were used in an earlier life of the trainer."""
+        self._adapters[adapter_id] = _Adapter(used=version)
+
+    def forget(self, adapter_id: str) -> None:
+        """Ends that. Samplers keep the versions that they have."""
+        del self._adapters[adapter_id]
+
+    def version(self, adapter_id: str) -> int:
+        """The last version of an adapter that is looked after; 0 before the first."""
+        adapter = self._adapters[adapter_id]
+        return adapter.current.version if adapter.current else adapter.used
+
+    async def data_type(self) -> common_pb2.DataType:
+        """The samplers' own element type; sending another one would only be rounded there. UNAVAILABLE."""
+        await self._looked.wait()
+        failures = []
+        for replica in self._in_order():
+            if replica.dtype:
+                return replica.dtype
+            try:
+                await replica.instance()
+            except TinkerbellError as failure:
+                failures.append(f"{replica.address}: {failure}")
+            else:
+                return replica.dtype
+        raise errors.unavailable(
+            "SAMPLER_UNREACHABLE",
+            f"no sampler can be reached ({'; '.join(failures) or 'none is known'}); nothing was published, and the "
+            "next SyncAdapter will try again",
+            sampler=",".join(self.addresses),
+        )
+
+    async def publish(self, adapter_id: str, snapshot: Snapshot, step: int, probe: Probe | None = None) -> Publication:
+        """Makes the snapshot of an adapter after so many steps its current version on all samplers that are there.
+
+        Publications of one adapter follow each other in the order of the calls. ServiceError when nothing was
+        published; see Transaction.
+        """
+        adapter = self._adapter(adapter_id)
+        digest = snapshot.manifest.digest
+        async with adapter.lock:
+            current = adapter.current
+            number = current.version if current and current.digest == digest else self._next(adapter)
+            transaction = Transaction(adapter_id, snapshot, self._in_order(), probe)
+            version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
+            adapter.current = _Current(version, digest, snapshot, step)
+        for outcome in outcomes:
+            if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
+                self._replicas[outcome.address].current_instance = ""
+        publication = Publication(version, digest, outcomes)
+        self._metrics.pushed_bytes.inc(publication.sent_bytes)
+        differences = [outcome.difference.mean for outcome in outcomes if outcome.difference]
+        if differences:
+            self._metrics.drift.labels(adapter_id).set(max(differences))
+        return publication
+
+    async def compare(self, adapter_id: str, step: int, probe: Probe) -> tuple[Served, int, list[Comparison]]:
+        """What is current, the steps from then to `step`, and every sampler's distance from the trainer.
+
+        FAILED_PRECONDITION when no version of the adapter is known.
+        """
+        current = self._adapter(adapter_id).current
+        if current is None:
+            raise errors.failed_precondition(
+                "NOT_PUBLISHED",
+                f"adapter {adapter_id!r} has no version that this trainer knows of; sync it first",
+                adapter_id=adapter_id,
+            )
+
+        async def one(replica: Replica) -> Comparison:
+            try:
+                logprobs = await replica.score(adapter_id, current.version, probe.sequences)
+            except TinkerbellError as failure:
+                return Comparison(replica.address, None, str(failure))
+            return Comparison(replica.address, probe.compare(logprobs, replica.dtype), "")
+
+        comparisons = await asyncio.gather(*map(one, self._in_order()))
+        differences = [comparison.difference.mean for comparison in comparisons if comparison.difference]
+        if differences:
+            self._metrics.drift.labels(adapter_id).set(max(differences))
+        steps_since = 0 if current.step is None else step - current.step
+        return Served(current.version, current.digest), steps_since, list(comparisons)
+
+    async def close(self) -> None:
+        """Ends the watch and closes the connections."""
+        tasks = [*self._joining.values(), *([self._watching] if self._watching else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in self._replicas.values():
+            await replica.close()
+
+    def _adapter(self, adapter_id: str) -> _Adapter:
+        try:
+            return self._adapters[adapter_id]
+        except KeyError:  # removed meanwhile
+            raise adapter_not_found(adapter_id, list(self._adapters)) from None
+
+    def _in_order(self) -> list[Replica]:
+        return [self._replicas[address] for address in self.addresses]
+
+    def _next(self, adapter: _Adapter) -> int:
+        return max(adapter.used, adapter.current.version if adapter.current else 0) + 1
+
+    async def _use(self, adapter_id: str, adapter: _Adapter, number: int) -> None:
+        if number > adapter.used:
+            await self._reserve(adapter_id, number)
+            adapter.used = number
+
+    async def _watch(self) -> None:
+        while True:
+            await self._look_up()
+            # First all are asked, then any is helped: what one of them has may be what another one lacks.
+            replicas = self._in_order()
+            states = await asyncio.gather(*map(self._look_at, replicas))
+            behind = [(replica, state) for replica, state in zip(replicas, states, strict=True) if state is not None]
+            for replica, state in behind:
+                self._adopt(replica, state.served)
+            for replica, state in behind:
+                if replica.address not in self._joining:
+                    self._joining[replica.address] = asyncio.create_task(self._join(replica, state))
+            num_behind = sum(not replica.current_instance for replica in self._replicas.values())
+            self._metrics.samplers.labels("behind").set(num_behind)
+            self._metrics.samplers.labels("current").set(len(self._replicas) - num_behind)
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    async def _look_up(self) -> None:
+        found = await self._discovery.addresses()
+        for address in set(self._replicas) - set(found):
+            log.info("sampler_gone", sampler=address)
+            await self._replicas.pop(address).close()
+        for address in set(found) - set(self._replicas):
+            log.info("sampler_found", sampler=address)
+            self._replicas[address] = Replica(address)
+        self._looked.set()
+
+    async def _look_at(self, replica: Replica) -> _State | None:
+        """What a sampler has that may be behind; None for one that is current, and for one that is not there."""
+        try:
+            instance = await replica.instance()
+            return None if instance == replica.current_instance else _State(instance, await replica.served())
+        except TinkerbellError as failure:
+            if replica.current_instance:
+                log.warning("sampler_lost", sampler=replica.address, error=str(failure))
+            replica.current_instance = ""
+            return None
+
+    def _adopt(self, replica: Replica, served: Mapping[str, Served]) -> None:
+        """Takes what a sampler has for current where it is the newest: a trainer that is gone has published it."""
+        for adapter_id, theirs in served.items():
+            adapter = self._adapters.get(adapter_id)
+            if adapter is None or adapter.lock.locked():  # being published, which tells what is current
+                continue
+            if adapter.current is None or theirs.version > adapter.current.version:
+                log.info("version_adopted", adapter_id=adapter_id, version=theirs.version, sampler=replica.address)
+                adapter.current = _Current(theirs.version, theirs.digest)
+                for other in self._replicas.values():
+                    other.current_instance = ""
+
+    async def _join(self, replica: Replica, state: _State) -> None:
+        """Brings a sampler up to date and tells it so."""
+        replica.current_instance = state.instance  # what misses the sampler from here on takes this back
+        try:
+            for adapter_id, adapter in list(self._adapters.items()):
+                async with adapter.lock:
+                    current = adapter.current if self._adapters.get(adapter_id) is adapter else None
+                    if current and state.served.get(adapter_id) != Served(current.version, current.digest):
+                        adapter.current = await self._send(adapter_id, current, replica)
+            if replica.current_instance == state.instance:
+                await replica.confirm_current()
+                log.info("sampler_current", sampler=replica.address)
+        except Exception as failure:  # whatever it was, the next round tries again
+            expected = isinstance(failure, TinkerbellError)
+            log.warning("sampler_behind", sampler=replica.address, error=str(failure), exc_info=not expected)
+            replica.current_instance = ""
+        finally:
+            del self._joining[replica.address]
+
+    async def _send(self, adapter_id: str, current: _Current, replica: Replica) -> _Current:
+        """Pushes what is current to one sampler, having read it from another one if need be."""
+        if current.snapshot is None:
+            current = dataclasses.replace(current, snapshot=await self._read(adapter_id, current))
+        assert current.snapshot is not None
+        begin = sampler_pb2.PushBegin(
+            adapter_id=adapter_id, version=current.version, manifest=current.snapshot.manifest
+        )
+        await replica.push_whole(begin, current.snapshot.payload)
+        log.info("version_sent", adapter_id=adapter_id, version=current.version, sampler=replica.address)
+        return current
+
+    async def _read(self, adapter_id: str, current: _Current) -> Snapshot:
+        """A version from whichever sampler has it. UnavailableError when none answers with it."""
+        failures = []
+        for replica in self._in_order():
+            try:
+                snapshot = await replica.read(adapter_id, current.version)
+            except (TinkerbellError, PayloadError) as failure:
+                failures.append(f"{replica.address}: {failure}")
+            else:
+                if snapshot.manifest.digest == current.digest:
+                    return snapshot
+                failures.append(f"{replica.address}: another content")
+        raise UnavailableError(
+            f"no sampler can hand on version {current.version} of adapter {adapter_id!r} ({'; '.join(failures)})"
+        )
