@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from sampler_service.config import SamplerConfig
 from sampler_service.requests import Delta, Finish, Position, Sampling
@@ -73,6 +74,9 @@ class Engine:
         if on_cpu:
             arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes
             arguments["max_num_batched_tokens"] = 512  # longer prompts take several steps, and others decode between
+            # One process less: half a minute of imports, and a hop in every step. By class, since vLLM makes a process
+            # of its own of "uni" on a CPU, in order to choose its number of threads; `environment` has done that.
+            arguments["distributed_executor_backend"] = UniProcExecutor
         elif config.dtype == "float32":
             raise errors.invalid_argument(
                 "DATA_TYPE_UNSUPPORTED",

@@ -178,6 +178,10 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def SyncAdapter(self, request, context):
         answer = trainer_pb2.SyncAdapterResponse(version=7, digest="d", transport="TRANSPORT_GRPC", sent_bytes=10)
+        answer.replicas.add(address="a:1", state="REPLICA_STATE_COMMITTED", sent_bytes=10)
+        answer.replicas.add(address="b:1", state="REPLICA_STATE_DOWN", error="gone")
+        if request.HasField("verify"):
+            answer.replicas[0].difference.tokens = len(request.verify.sequences)
         return await self._mutate(request, context, lambda: answer)
 
     async def VerifyAdapter(self, request, context):
@@ -271,6 +275,14 @@ class FakeSampler(sampler_pb2_grpc.SamplerServiceServicer):
             for (name, version), (manifest, _) in sorted(self.pushed.items())
         ]
         return sampler_pb2.ListAdaptersResponse(adapters=adapters)
+
+    async def LeaseVersion(self, request, context):
+        version = sampler_pb2.AdapterVersion(adapter_id=request.adapter_id, version=request.version or 9)
+        lease_id = request.lease_id or f"for {request.ttl_seconds:g} s"
+        return sampler_pb2.LeaseVersionResponse(lease_id=lease_id, version=version)
+
+    async def ReleaseLease(self, request, context):
+        raise errors.not_found("LEASE_NOT_FOUND", "it is over", lease_id=request.lease_id)
 
     async def UnloadAdapter(self, request, context):
         gone = [key for key in self.pushed if key[0] == request.adapter_id and request.version in {0, key[1]}]

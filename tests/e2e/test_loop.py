@@ -15,8 +15,10 @@ from tinkerbell import (
     AsyncSamplerClient,
     AsyncTrainerClient,
     Datum,
+    FailedPreconditionError,
     InvalidArgumentError,
     UnavailableError,
+    Verification,
 )
 from tinkerbell.local import free_address
 
@@ -107,6 +109,34 @@ async def test_a_version_stays_what_it_was_and_unchanged_weights_move_no_bytes(s
     assert np.array_equal(await scores(1), before)
     assert np.abs(await scores(2) - before).max() > 0.05
     assert np.array_equal(await scores(0), await scores(2))
+
+
+async def test_what_is_published_is_verified_and_can_be_again(trainer, run, tokenizer) -> None:
+    run.forward_backward(lesson(tokenizer))
+    run.optim_step(learning_rate=1e-3)
+    probe = Verification([tokenizer(PROMPT + SECRET).input_ids])
+    synced = await run.sync_adapter_to_vllm(verify=probe)
+    (replica,) = synced.replicas
+    assert replica.state == "committed"
+    assert replica.difference.tokens == len(probe.sequences[0]) - 1
+    assert replica.difference.mean <= TOLERANCE
+    verified = await run.verify_adapter()
+    assert (verified.version, verified.digest, verified.steps_since) == (1, synced.digest, 0)
+    assert verified.replicas[0].agrees
+    run.forward_backward(lesson(tokenizer))
+    await run.optim_step(learning_rate=1e-2)
+    drifted = await run.verify_adapter(probe)
+    assert drifted.steps_since == 1
+    assert drifted.replicas[0].difference.mean > TOLERANCE
+    assert not drifted.replicas[0].agrees
+    with pytest.raises(InvalidArgumentError) as refusal:
+        await run.verify_adapter(Verification([[1]]))
+    assert refusal.value.reason == "SEQUENCE_TOO_SHORT"
+    # Nothing agrees to less than rounding: the version before stays.
+    with pytest.raises(FailedPreconditionError) as refusal:
+        await run.sync_adapter_to_vllm(verify=Verification(tolerance=1e-12))
+    assert refusal.value.reason == "SAMPLER_DISAGREES"
+    assert (await run.verify_adapter()).version == 1
 
 
 async def test_a_name_taken_up_again_gets_new_versions(trainer, sampler, tokenizer) -> None:

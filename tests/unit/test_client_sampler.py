@@ -100,6 +100,14 @@ def test_push_installs_what_was_given_and_is_a_success_twice(fakes, sampler):
     assert sampler.unload_adapter("alice") == [1]
 
 
+def test_leases(sampler):
+    lease = sampler.lease_version("alice", ttl_seconds=30)
+    assert (lease.lease_id, lease.version.adapter_id, lease.version.version) == ("for 30 s", "alice", 9)
+    assert sampler.lease_version("alice", 9, ttl_seconds=30, lease_id=lease.lease_id).lease_id == lease.lease_id
+    with pytest.raises(tinkerbell.NotFoundError):
+        sampler.release_lease("another")
+
+
 def test_refused_pushes_are_typed(sampler):
     sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=16)
     with pytest.raises(tinkerbell.AlreadyExistsError) as caught:

@@ -78,6 +78,18 @@ def test_run_carries_everything_there_and_back(fakes, run):
     assert (step.step, step.grad_norm) == (3, 2.0)
     sync = run.sync_adapter_to_vllm().result()
     assert (sync.version, sync.transport, sync.sent_bytes) == (7, "grpc", 10)
+    assert [(replica.address, replica.state, replica.error) for replica in sync.replicas] == [
+        ("a:1", "committed", ""),
+        ("b:1", "down", "gone"),
+    ]
+    assert sync.replicas[0].difference is None
+    probe = tinkerbell.Verification([[1, 2], [3, 4]], tolerance=0.5)
+    assert run.sync_adapter_to_vllm(verify=True).result().replicas[0].difference.tokens == 0
+    assert run.sync_adapter_to_vllm(verify=probe).result().replicas[0].difference.tokens == 2
+    verified = run.verify_adapter(probe).result()
+    assert (verified.version, verified.steps_since) == (7, 2)
+    assert verified.replicas[0].agrees
+    assert verified.replicas[0].difference.mean == 0.5
     adam = fakes.trainer.requests[2].adam
     assert (adam.learning_rate, adam.beta1, adam.beta2, adam.eps) == (0.1, 0.5, 0.95, 1e-12)
     assert {request.adapter_id for request in fakes.trainer.requests} == {"alice"}
