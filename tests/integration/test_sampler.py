@@ -280,7 +280,7 @@ async def test_a_prepared_version_scores_probes_before_it_is_live(stub, tokenize
             await stream.commit()
         stream.close()
         while not commits:  # the sampler learns of the end a moment later
-            code, info = await refusal(pushed(stub, list(push_frames(adapter, "gina", 1))[:1]))
+            _, info = await refusal(pushed(stub, list(push_frames(adapter, "gina", 1))[:1]))
             if info.reason == "PUSH_NOT_COMMITTED":
                 break
     _, served = await scores(stub, tokens, "gina")
