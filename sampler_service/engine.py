@@ -17,13 +17,13 @@ from vllm import AsyncEngineArgs, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from sampler_service.config import SamplerConfig
-from sampler_service.requests import Delta, Finish, Position, Sampling
+from sampler_service.requests import Delta, Finish, Position, Sampling, Structure, structure_invalid
 from sampler_service.staging import StagingBuffer
 from sampler_service.versions import Version
 from service_common import errors
@@ -134,20 +134,37 @@ class Engine:
             # vLLM takes -1 for none and adds the completion's index, which must not overflow.
             seed=None if sampling.seed is None else sampling.seed % (1 << 62),
             stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias) or None,
             logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
+            structured_outputs=_structured_outputs(sampling.structure),
             detokenize=self._has_tokenizer,
             output_kind=RequestOutputKind.DELTA,
         )
-        async with self._request(prompt, parameters, version) as outputs:
-            async for output in outputs:
-                for completion in output.outputs:
-                    yield Delta(
-                        index=completion.index,
-                        tokens=list(completion.token_ids),
-                        text=completion.text,
-                        logprobs=_positions(completion, sampling.logprobs),
-                        finish=_finish(completion.finish_reason),
-                    )
+        scored_prompt = sampling.prompt_logprobs is None
+        with _structure_refused(sampling.structure):
+            async with self._request(prompt, parameters, version) as outputs:
+                async for output in outputs:
+                    # Every completion comes with them once, and they are all the same.
+                    prompt_logprobs = []
+                    if not scored_prompt and output.prompt_logprobs:
+                        prompt_logprobs = _positions(prompt[1:], output.prompt_logprobs[1:], sampling.prompt_logprobs)
+                        scored_prompt = True
+                    for completion in output.outputs:
+                        yield Delta(
+                            index=completion.index,
+                            tokens=list(completion.token_ids),
+                            text=completion.text,
+                            logprobs=_positions(completion.token_ids, completion.logprobs, sampling.logprobs),
+                            finish=_finish(completion.finish_reason),
+                            prompt_logprobs=prompt_logprobs,
+                        )
+                        prompt_logprobs = []
 
     async def score(self, tokens: Sequence[int], version: Version | None) -> np.ndarray:
         """float32 [len(tokens) - 1]: log p(tokens[i + 1] | tokens[0..i]) at temperature 1. Cancelling it aborts."""
@@ -250,14 +267,37 @@ def _finish(reason: str | None) -> Finish | None:
     return _FINISH[reason]
 
 
-def _positions(completion: Any, count: int | None) -> list[Position]:
+def _positions(tokens: Sequence[int], logprobs: Any, count: int | None) -> list[Position]:
     if count is None:
         return []
     positions = []
-    for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
+    for token, entries in zip(tokens, logprobs, strict=True):
         top = sorted(((entry.logprob, other) for other, entry in entries.items()), reverse=True)[:count]
         positions.append(Position(entries[token].logprob, [(other, logprob) for logprob, other in top]))
     return positions
+
+
+def _structured_outputs(structure: Structure | None) -> StructuredOutputsParams | None:
+    match structure:
+        case None:
+            return None
+        case Structure("json_schema", value):
+            return StructuredOutputsParams(json=value)
+        case Structure("choice", value):
+            return StructuredOutputsParams(choice=list(value))
+        case Structure(kind, value):
+            return StructuredOutputsParams(**{kind: value})
+
+
+@contextlib.contextmanager
+def _structure_refused(structure: Structure | None):
+    """All else that vLLM could refuse has been checked."""
+    try:
+        yield
+    except ValueError as cause:
+        if structure is None:
+            raise
+        raise structure_invalid(structure, str(cause)) from cause
 
 
 @contextlib.contextmanager

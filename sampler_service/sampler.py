@@ -60,9 +60,11 @@ class Sampler:
         `adapter_id` "" is the bare base model, `version` 0 the latest. INVALID_ARGUMENT, NOT_FOUND or
         FAILED_PRECONDITION when the request cannot be served.
         """
-        check_sampling(sampling)
+        check_sampling(sampling, self.base_model.vocab_size)
         if sampling.stop:
             self._tokenizer.require("a stop string")
+        if sampling.structure:
+            self._tokenizer.require("a structure")
         with self._admitted(adapter_id, version) as served_by:
             tokens = await self._tokenizer.tokens(prompt)
             check_tokens(tokens, "prompt", self.base_model.vocab_size, 1, self._max_prompt)

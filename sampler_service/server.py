@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from sampler_service.push import AlreadyLive
-from sampler_service.requests import ChatPrompt, Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
+from sampler_service.requests import ChatPrompt, Delta, Finish, Prompt, Sampling, Structure, TextPrompt, TokenPrompt
 from sampler_service.sampler import Generation, Sampler
 from sampler_service.versions import Version
 from service_common import errors
@@ -140,10 +140,14 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             finish_reason=_FINISH_REASONS[delta.finish],
             prompt_tokens=generation.prompt_tokens,
         )
-        for position in delta.logprobs:
-            entry = response.logprobs.add(logprob=position.logprob)
-            for token, logprob in position.top:
-                entry.top.add(token=token, logprob=logprob)
+        for positions, entries in (
+            (delta.logprobs, response.logprobs),
+            (delta.prompt_logprobs, response.prompt_logprobs),
+        ):
+            for position in positions:
+                entry = entries.add(logprob=position.logprob)
+                for token, logprob in position.top:
+                    entry.top.add(token=token, logprob=logprob)
         return response
 
 
@@ -157,10 +161,23 @@ def _prompt(request: sampler_pb2.GenerateRequest) -> Prompt:
             return TokenPrompt(request.tokens.tokens)
 
 
+_OPTIONAL = [field.name for field in sampler_pb2.SamplingParams.DESCRIPTOR.fields if field.has_presence]
+
+
 def _sampling(params: sampler_pb2.SamplingParams) -> Sampling:
-    optional = ("n", "max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
-    given = {name: getattr(params, name) for name in optional if params.HasField(name)}
-    return Sampling(stop=tuple(params.stop), **given)
+    kind = params.WhichOneof("structure")
+    structure = None
+    if kind:
+        value = getattr(params, kind)
+        structure = Structure(kind, tuple(value.options) if kind == "choice" else value)
+    given = {name: getattr(params, name) for name in _OPTIONAL if params.HasField(name) and name != kind}
+    return Sampling(
+        stop=tuple(params.stop),
+        stop_token_ids=tuple(params.stop_token_ids),
+        logit_bias=dict(params.logit_bias),
+        structure=structure,
+        **given,
+    )
 
 
 def _unexpected_frame(rule: str, request: sampler_pb2.PushAdapterRequest) -> errors.ServiceError:

@@ -319,10 +319,10 @@ class PushResult:
 
 @dataclasses.dataclass(frozen=True)
 class PositionLogprobs:
-    """Logprobs at one sampled position, of the model's own distribution: before temperature, top_p and top_k."""
+    """Logprobs at one position, of the model's own distribution: before temperature, top_p and all else."""
 
     logprob: float
-    """The sampled token's."""
+    """The token's that was sampled, or that the prompt has."""
     top: tuple[tuple[int, float], ...]
     """(token, logprob) of the likeliest tokens, in descending order."""
 
@@ -345,6 +345,8 @@ class GenerateDelta:
     """Tokens in the prompt."""
     served_by: AdapterVersion
     """What produced them."""
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+    """In the first delta, if asked for: one per token of the prompt after the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,6 +373,8 @@ class GenerateResult:
     """Tokens in the prompt."""
     served_by: AdapterVersion
     """The one version that produced all of them."""
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+    """One per token of the prompt after the first, if asked for; else empty."""
 
     @property
     def text(self) -> str:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -270,6 +272,57 @@ async def test_a_stop_string_ends_the_text_before_it(stub):
     assert finish == sampler_pb2.FINISH_REASON_STOP
 
 
+async def test_a_stop_token_is_a_completions_last(stub):
+    ((_, whole, *_),) = await generate(stub, temperature=0, max_tokens=24)
+    ((_, ids, _, _, finish),) = await generate(stub, temperature=0, max_tokens=24, stop_token_ids=[whole[5]])
+    assert ids == whole[: whole.index(whole[5]) + 1]
+    assert finish == sampler_pb2.FINISH_REASON_STOP
+
+
+async def test_parameters_change_what_is_sampled_as_they_say(stub):
+    ((_, greedy, *_),) = await generate(stub, temperature=0, max_tokens=12)
+    ((_, biased, *_),) = await generate(stub, temperature=0, max_tokens=12, logit_bias={greedy[0]: -100.0, 42: 100.0})
+    assert set(biased) == {42}
+    ((_, likeliest, *_),) = await generate(stub, min_p=1.0, max_tokens=12)
+    assert likeliest == greedy
+    ((_, repeating, *_),) = await generate(stub, temperature=0, max_tokens=12, logit_bias={42: 40.0, 43: 39.0})
+    assert set(repeating) == {42}
+    for penalty in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}):
+        ((_, ids, *_),) = await generate(stub, temperature=0, max_tokens=12, logit_bias={42: 40.0, 43: 39.0}, **penalty)
+        assert ids[:2] == [42, 43], penalty
+
+
+async def test_prompt_logprobs_are_the_scores_and_come_once(stub, tokenizer, v1):
+    tokens = tokenizer.encode(STORY)
+    request = sampler_pb2.GenerateRequest(
+        adapter_id="anna",
+        version=1,
+        tokens=Tokens(tokens=tokens),
+        sampling=sampler_pb2.SamplingParams(n=2, max_tokens=3, prompt_logprobs=2),
+    )
+    responses = [response async for response in stub.Generate(request)]
+    positions = responses[0].prompt_logprobs
+    assert not any(response.prompt_logprobs for response in responses[1:])
+    assert all(len(position.top) == 2 for position in positions)
+    expected, _ = await scores(stub, tokens, "anna", 1)
+    assert [position.logprob for position in positions] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+async def test_a_structure_is_kept_to(stub):
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    schema |= {"additionalProperties": False}
+    ((_, _, text, _, finish),) = await generate(stub, temperature=0, max_tokens=64, json_schema=json.dumps(schema))
+    assert finish == sampler_pb2.FINISH_REASON_STOP
+    assert isinstance(json.loads(text)["age"], int)
+    choice = sampler_pb2.Choice(options=["umbrella", "zebra crossing"])
+    ((_, _, text, *_),) = await generate(stub, temperature=0, choice=choice)
+    assert text in choice.options
+    ((_, _, text, *_),) = await generate(stub, temperature=0, regex="[A-C]{3}-[0-9]{2}")
+    assert re.fullmatch("[A-C]{3}-[0-9]{2}", text)
+    ((_, _, text, *_),) = await generate(stub, temperature=0, grammar='root ::= "ab" | "cd"')
+    assert text in ("ab", "cd")
+
+
 async def test_a_chat_is_laid_out_by_the_template(stub, tokenizer):
     messages = [{"role": "user", "content": "Say hello."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -329,6 +382,19 @@ def chat(role: str):
         (GENERATE, sampled(top_p=1.1), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
         (GENERATE, sampled(logprobs=21), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
         (GENERATE, sampled(stop=[""]), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(stop_token_ids=[49152]), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(min_p=1.5), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(repetition_penalty=0), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(presence_penalty=float("nan")), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(frequency_penalty=-3), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(logit_bias={-1: 1.0}), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(logit_bias={1: float("inf")}), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(prompt_logprobs=21), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(choice=sampler_pb2.Choice()), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(json_schema="{"), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(json_schema='{"type": "wizard"}'), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(regex="("), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(grammar="root ::="), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
         (SCORE, {}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
         (SCORE, {"sequences": [Tokens(tokens=[1])]}, "INVALID_ARGUMENT", "SEQUENCE_TOO_SHORT"),
         (
