@@ -33,6 +33,24 @@ def test_generate_puts_the_completions_together(fakes, sampler):
 
 
 @pytest.mark.parametrize(
+    ("structure", "kind", "value"),
+    [
+        ({"json_schema": {"type": "object"}}, "json_schema", '{"type": "object"}'),
+        ({"json_schema": "{}"}, "json_schema", "{}"),
+        ({"regex": "a*"}, "regex", "a*"),
+        ({"choice": ["a", "b"]}, "choice", sampler_pb2.Choice(options=["a", "b"])),
+        ({"grammar": "root ::= a"}, "grammar", "root ::= a"),
+    ],
+)
+def test_structures_of_every_kind(fakes, sampler, structure, kind, value):
+    sampler.generate("a", **structure, logit_bias={7: -1.5}, stop_token_ids=[3]).result()
+    sampling = fakes.sampler.generate_requests[0].sampling
+    assert sampling.WhichOneof("structure") == kind
+    assert getattr(sampling, kind) == value
+    assert (dict(sampling.logit_bias), list(sampling.stop_token_ids)) == ({7: -1.5}, [3])
+
+
+@pytest.mark.parametrize(
     ("prompt", "kind"),
     [
         ("text", "text"),
@@ -49,6 +67,8 @@ def test_prompts_of_every_kind(fakes, sampler, prompt, kind):
 def test_bad_arguments_are_refused_before_anything_is_sent(fakes, sampler):
     with pytest.raises(TypeError):
         sampler.generate("hi", heat=2)
+    with pytest.raises(ValueError, match="one of json_schema, regex, choice and grammar"):
+        sampler.generate("hi", regex="a", choice=["b"])
     with pytest.raises(ValueError, match="token ids are integers"):
         sampler.generate([0.5])
     with pytest.raises(ValueError, match="sequence 1"):
