@@ -32,6 +32,10 @@ def run(
     keep_versions: Annotated[
         int, typer.Option(min=1, help="Live versions kept per adapter, besides those with running requests.")
     ] = 2,
+    max_sequences: Annotated[
+        int,
+        typer.Option(min=1, help="Completions and sequences to score that may run or wait at once; more are refused."),
+    ] = 256,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Longest sequence in tokens. As long as the model can, if not given.")
     ] = None,
@@ -49,6 +53,7 @@ def run(
         max_rank=max_rank,
         max_loras=max_loras,
         keep_versions=keep_versions,
+        max_sequences=max_sequences,
         max_model_len=max_model_len,
         kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
     )

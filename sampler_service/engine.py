@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import structlog
 from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import StructuredOutputsConfig
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -92,12 +93,13 @@ class Engine:
                 max_lora_rank=min(rank for rank in _SLOT_RANKS if rank >= config.max_rank),
                 # Left alone vLLM adapts embeddings and lm_head as well: large slots, and scoring crashes on a CPU.
                 lora_target_modules=list(TARGET_MODULES),
+                # Left alone vLLM tries others where this one refuses, and the first that it takes gets all requests.
+                structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
                 worker_extension_cls="sampler_service.worker_extension.LoraWorkerExtension",
                 disable_log_stats=True,
                 **arguments,
             )
         )
-        self._has_tokenizer = has_tokenizer
         self._request_ids = itertools.count()
         self._drops: set[asyncio.Task[None]] = set()
         model = self._llm.model_config
@@ -116,6 +118,19 @@ class Engine:
         """Runs one step. vLLM can load models that it cannot run, and dies of the first request for them."""
         async for _ in self.generate((0,), Sampling(max_tokens=1), None):
             pass
+
+    def check_structure(self, structure: Structure) -> None:
+        """INVALID_ARGUMENT when vLLM cannot follow it."""
+        config = self._llm.vllm_config
+        try:
+            SamplingParams(structured_outputs=_structured_outputs(structure)).verify(
+                config.model_config,
+                config.speculative_config,
+                config.structured_outputs_config,
+                self._llm.tokenizer,
+            )
+        except ValueError as cause:
+            raise structure_invalid(structure, str(cause)) from cause
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, version: Version | None
@@ -143,28 +158,27 @@ class Engine:
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
             structured_outputs=_structured_outputs(sampling.structure),
-            detokenize=self._has_tokenizer,
+            detokenize=self._llm.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA,
         )
         scored_prompt = sampling.prompt_logprobs is None
-        with _structure_refused(sampling.structure):
-            async with self._request(prompt, parameters, version) as outputs:
-                async for output in outputs:
-                    # Every completion comes with them once, and they are all the same.
+        async with self._request(prompt, parameters, version) as outputs:
+            async for output in outputs:
+                # Every completion comes with them once, and they are all the same.
+                prompt_logprobs = []
+                if not scored_prompt and output.prompt_logprobs:
+                    prompt_logprobs = _positions(prompt[1:], output.prompt_logprobs[1:], sampling.prompt_logprobs)
+                    scored_prompt = True
+                for completion in output.outputs:
+                    yield Delta(
+                        index=completion.index,
+                        tokens=list(completion.token_ids),
+                        text=completion.text,
+                        logprobs=_positions(completion.token_ids, completion.logprobs, sampling.logprobs),
+                        finish=_finish(completion.finish_reason),
+                        prompt_logprobs=prompt_logprobs,
+                    )
                     prompt_logprobs = []
-                    if not scored_prompt and output.prompt_logprobs:
-                        prompt_logprobs = _positions(prompt[1:], output.prompt_logprobs[1:], sampling.prompt_logprobs)
-                        scored_prompt = True
-                    for completion in output.outputs:
-                        yield Delta(
-                            index=completion.index,
-                            tokens=list(completion.token_ids),
-                            text=completion.text,
-                            logprobs=_positions(completion.token_ids, completion.logprobs, sampling.logprobs),
-                            finish=_finish(completion.finish_reason),
-                            prompt_logprobs=prompt_logprobs,
-                        )
-                        prompt_logprobs = []
 
     async def score(self, tokens: Sequence[int], version: Version | None) -> np.ndarray:
         """float32 [len(tokens) - 1]: log p(tokens[i + 1] | tokens[0..i]) at temperature 1. Cancelling it aborts."""
@@ -287,17 +301,6 @@ def _structured_outputs(structure: Structure | None) -> StructuredOutputsParams 
             return StructuredOutputsParams(choice=list(value))
         case Structure(kind, value):
             return StructuredOutputsParams(**{kind: value})
-
-
-@contextlib.contextmanager
-def _structure_refused(structure: Structure | None):
-    """All else that vLLM could refuse has been checked."""
-    try:
-        yield
-    except ValueError as cause:
-        if structure is None:
-            raise
-        raise structure_invalid(structure, str(cause)) from cause
 
 
 @contextlib.contextmanager

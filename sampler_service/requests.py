@@ -14,6 +14,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_REPETITION_PENALTY = 2.0
 MAX_PENALTY = 2.0  # presence and frequency, either way
 MAX_BIAS = 100.0  # likewise
+# Structures are turned into grammars on the event loop, in a time that grows with the cube of a schema's depth.
+MAX_STRUCTURE_CHARACTERS = 1 << 16
+MAX_SCHEMA_LEVELS = 32
 CHAT_ROLES = ("system", "user", "assistant")
 
 
@@ -72,6 +75,16 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A prompt to complete. `adapter_id` "" is the bare base model, `version` 0 the adapter's latest."""
+
+    adapter_id: str
+    version: int
+    prompt: Prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
 class Position:
     """The token's logprob, and (token, logprob) of the likeliest ones in descending order."""
 
@@ -99,6 +112,23 @@ class Delta:
     logprobs: list[Position]
     finish: Finish | None
     prompt_logprobs: list[Position] = field(default_factory=list)
+
+
+@dataclass
+class Completion:
+    """A completion as far as it has come; the fields are those of `Delta`."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[Position] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Appends its next part."""
+        self.tokens += delta.tokens
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.finish = delta.finish
 
 
 def check_sampling(sampling: Sampling, vocab_size: int) -> None:
@@ -145,13 +175,31 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 def _check_structure(structure: Structure) -> None:
     if not structure.value or not all(structure.value):
         raise _sampling_invalid(structure.kind, structure.value, "something that is not empty")
+    characters = sum(map(len, structure.value))
+    if characters > MAX_STRUCTURE_CHARACTERS:
+        raise structure_invalid(structure, f"it has {characters} characters, and can have {MAX_STRUCTURE_CHARACTERS}")
     if structure.kind == "json_schema":
         try:
             schema = json.loads(str(structure.value))
-        except ValueError as cause:
+            levels = _levels(schema)
+        except (ValueError, RecursionError) as cause:
             raise structure_invalid(structure, str(cause)) from cause
         if not isinstance(schema, dict):
             raise structure_invalid(structure, "a JSON Schema is an object")
+        if levels > MAX_SCHEMA_LEVELS:
+            why = f"its objects are nested {levels} levels deep, and can be {MAX_SCHEMA_LEVELS}"
+            raise structure_invalid(structure, why)
+
+
+def _levels(value: object) -> int:
+    """How deep objects are nested in one another."""
+    match value:
+        case dict():
+            return 1 + max(map(_levels, value.values()), default=0)
+        case list():
+            return max(map(_levels, value), default=0)
+        case _:
+            return 0
 
 
 def structure_invalid(structure: Structure, why: str) -> errors.ServiceError:

@@ -1,12 +1,24 @@
 """SamplerService over gRPC: proto in, one call, proto out."""
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 
 import grpc
 
 from sampler_service.push import AlreadyLive
-from sampler_service.requests import ChatPrompt, Delta, Finish, Prompt, Sampling, Structure, TextPrompt, TokenPrompt
-from sampler_service.sampler import Generation, Sampler
+from sampler_service.requests import (
+    ChatPrompt,
+    Delta,
+    Finish,
+    Position,
+    Prompt,
+    Request,
+    Sampling,
+    Structure,
+    TextPrompt,
+    TokenPrompt,
+)
+from sampler_service.sampler import Generation, Result, Sampler
 from sampler_service.versions import Version
 from service_common import errors
 from service_common.lora import TARGET_MODULES
@@ -89,12 +101,17 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def Generate(
         self, request: sampler_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[sampler_pb2.GenerateResponse]:
-        admission = self._sampler.generate(
-            request.adapter_id, request.version, _prompt(request), _sampling(request.sampling)
-        )
-        async with admission as generation:
+        async with self._sampler.generate(_request(request)) as generation:
             async for delta in generation.deltas:
                 yield self._response(generation, delta)
+
+    async def GenerateBatch(
+        self, request: sampler_pb2.GenerateBatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sampler_pb2.GenerateBatchResponse]:
+        requests = [_request(each) for each in request.requests]
+        async with contextlib.aclosing(self._sampler.generate_batch(requests)) as results:
+            async for result in results:
+                yield self._result(result)
 
     async def ComputeLogprobs(
         self, request: sampler_pb2.ComputeLogprobsRequest, context: grpc.aio.ServicerContext
@@ -119,6 +136,8 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             keep_versions=sampler.config.keep_versions,
             active_requests=sampler.active_requests,
             target_modules=TARGET_MODULES,
+            max_sequences=sampler.config.max_sequences,
+            active_sequences=sampler.active_sequences,
         )
 
     def _served_by(self, version: Version | None) -> sampler_pb2.AdapterVersion:
@@ -132,23 +151,47 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         )
 
     def _response(self, generation: Generation, delta: Delta) -> sampler_pb2.GenerateResponse:
-        response = sampler_pb2.GenerateResponse(
+        return sampler_pb2.GenerateResponse(
             served_by=self._served_by(generation.served_by),
             index=delta.index,
             tokens=delta.tokens,
             text=delta.text,
             finish_reason=_FINISH_REASONS[delta.finish],
             prompt_tokens=generation.prompt_tokens,
+            logprobs=_positions(delta.logprobs),
+            prompt_logprobs=_positions(delta.prompt_logprobs),
         )
-        for positions, entries in (
-            (delta.logprobs, response.logprobs),
-            (delta.prompt_logprobs, response.prompt_logprobs),
-        ):
-            for position in positions:
-                entry = entries.add(logprob=position.logprob)
-                for token, logprob in position.top:
-                    entry.top.add(token=token, logprob=logprob)
-        return response
+
+    def _result(self, result: Result) -> sampler_pb2.GenerateBatchResponse:
+        return sampler_pb2.GenerateBatchResponse(
+            index=result.index,
+            served_by=self._served_by(result.served_by),
+            completions=[
+                sampler_pb2.Completion(
+                    tokens=completion.tokens,
+                    text=completion.text,
+                    logprobs=_positions(completion.logprobs),
+                    finish_reason=_FINISH_REASONS[completion.finish],
+                )
+                for completion in result.completions
+            ],
+            prompt_tokens=result.prompt_tokens,
+            prompt_logprobs=_positions(result.prompt_logprobs),
+        )
+
+
+def _positions(positions: Iterable[Position]) -> list[sampler_pb2.PositionLogprobs]:
+    return [
+        sampler_pb2.PositionLogprobs(
+            logprob=position.logprob,
+            top=[sampler_pb2.TokenLogprob(token=token, logprob=logprob) for token, logprob in position.top],
+        )
+        for position in positions
+    ]
+
+
+def _request(request: sampler_pb2.GenerateRequest) -> Request:
+    return Request(request.adapter_id, request.version, _prompt(request), _sampling(request.sampling))
 
 
 def _prompt(request: sampler_pb2.GenerateRequest) -> Prompt:

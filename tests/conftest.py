@@ -27,7 +27,7 @@ def tiny_model() -> Path:
 @pytest.fixture(scope="session")
 def sampler_process(smollm2: Path) -> Iterator[ServiceProcess]:
     """SmolLM2 in float32."""
-    sampler = start_sampler(smollm2, "--dtype", "float32", "--max-model-len", "2048")
+    sampler = start_sampler(smollm2, "--dtype=float32", "--max-model-len=2048", "--max-sequences=64")
     try:
         yield wait_ready(sampler)
     finally:

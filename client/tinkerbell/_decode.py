@@ -79,6 +79,8 @@ def sampler_info(message: sampler_pb2.SamplerServiceGetBackendInfoResponse) -> r
         keep_versions=message.keep_versions,
         active_requests=message.active_requests,
         target_modules=tuple(message.target_modules),
+        max_sequences=message.max_sequences,
+        active_sequences=message.active_sequences,
     )
 
 
@@ -223,6 +225,23 @@ def generate_result(deltas: Sequence[results.GenerateDelta]) -> results.Generate
         prompt_tokens=any_delta.prompt_tokens,
         served_by=any_delta.served_by,
         prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs), ()),
+    )
+
+
+def batch_result(message: sampler_pb2.GenerateBatchResponse) -> results.GenerateResult:
+    return results.GenerateResult(
+        completions=tuple(
+            results.Completion(
+                tokens=tuple(completion.tokens),
+                text=completion.text,
+                logprobs=_positions(completion.logprobs),
+                finish_reason=_FINISH_REASONS[completion.finish_reason],
+            )
+            for completion in message.completions
+        ),
+        prompt_tokens=message.prompt_tokens,
+        served_by=adapter_version(message.served_by),
+        prompt_logprobs=_positions(message.prompt_logprobs),
     )
 
 

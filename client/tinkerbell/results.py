@@ -122,6 +122,10 @@ class SamplerInfo:
     """Requests running or waiting in the engine."""
     target_modules: tuple[str, ...]
     """Linear layers that a pushed adapter can have."""
+    max_sequences: int
+    """Most sequences that may run or wait in the engine: completions, and sequences to score."""
+    active_sequences: int
+    """How many there are."""
 
 
 @dataclasses.dataclass(frozen=True)

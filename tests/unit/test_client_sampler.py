@@ -81,6 +81,32 @@ def test_many_prompts_at_once(sampler):
     assert [future.result().text for future in futures] == [f"prompt {number} " for number in range(30)]
 
 
+def test_a_batch_is_in_the_order_of_its_prompts(fakes, sampler):
+    results = sampler.generate_batch(["a", "b", "c"], SamplingParams(n=2), adapter_id="alice", temperature=0).result()
+    assert [result.text for result in results] == ["a!", "b!", "c!"]
+    assert [result.completions[1].tokens for result in results] == [(0, 7), (1, 7), (2, 7)]
+    assert [position.logprob for position in results[0].completions[0].logprobs] == [-0.5] * 2
+    assert (results[0].completions[0].finish_reason, results[0].prompt_tokens) == ("length", 5)
+    assert (results[0].served_by.version, results[0].prompt_logprobs[0].logprob) == (3, -1)
+    assert {(each.adapter_id, each.sampling.temperature) for each in fakes.sampler.generate_requests} == {("alice", 0)}
+
+
+def test_a_batch_that_ends_early_is_an_error(fakes, sampler):
+    fakes.sampler.cut_batch = True
+    with pytest.raises(tinkerbell.InternalError, match="1 of 2 results"):
+        sampler.generate_batch(["a", "b"]).result()
+
+
+def test_a_full_sampler_says_when_to_come_back(sampler):
+    with pytest.raises(tinkerbell.ResourceExhaustedError) as caught:
+        sampler.generate_batch(["a"] * 9).result()
+    assert (caught.value.reason, caught.value.retry_seconds) == ("SAMPLER_FULL", 1.25)
+    assert caught.value.metadata == {"max_sequences": "8"}
+    with pytest.raises(tinkerbell.FailedPreconditionError) as caught:
+        sampler.push_adapter("alice", 2, WEIGHTS, rank=8, alpha=16, base_model_fingerprint="0" * 64)
+    assert caught.value.retry_seconds is None
+
+
 def test_leaving_a_stream_cancels_the_work(fakes, sampler):
     fakes.sampler.endless = True
     for delta in sampler.stream("go"):

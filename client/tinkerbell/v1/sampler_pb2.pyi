@@ -246,6 +246,38 @@ class GenerateResponse(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     def __init__(self, served_by: _Optional[_Union[AdapterVersion, _Mapping]] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
 
+class GenerateBatchRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[GenerateRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[GenerateRequest, _Mapping]]] = ...) -> None: ...
+
+class GenerateBatchResponse(_message.Message):
+    __slots__ = ("index", "served_by", "completions", "prompt_tokens", "prompt_logprobs")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SERVED_BY_FIELD_NUMBER: _ClassVar[int]
+    COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    served_by: AdapterVersion
+    completions: _containers.RepeatedCompositeFieldContainer[Completion]
+    prompt_tokens: int
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
+    def __init__(self, index: _Optional[int] = ..., served_by: _Optional[_Union[AdapterVersion, _Mapping]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ...) -> None: ...
+
+class Completion(_message.Message):
+    __slots__ = ("tokens", "text", "logprobs", "finish_reason")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    text: str
+    logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
+    finish_reason: FinishReason
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+
 class ComputeLogprobsRequest(_message.Message):
     __slots__ = ("adapter_id", "version", "sequences")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -269,7 +301,7 @@ class SamplerServiceGetBackendInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SamplerServiceGetBackendInfoResponse(_message.Message):
-    __slots__ = ("base_model", "device", "versions", "max_rank", "max_loras", "keep_versions", "active_requests", "target_modules")
+    __slots__ = ("base_model", "device", "versions", "max_rank", "max_loras", "keep_versions", "active_requests", "target_modules", "max_sequences", "active_sequences")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +317,8 @@ class SamplerServiceGetBackendInfoResponse(_message.Message):
     KEEP_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModelInfo
     device: str
     versions: _containers.ScalarMap[str, str]
@@ -293,4 +327,6 @@ class SamplerServiceGetBackendInfoResponse(_message.Message):
     keep_versions: int
     active_requests: int
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_rank: _Optional[int] = ..., max_loras: _Optional[int] = ..., keep_versions: _Optional[int] = ..., active_requests: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_sequences: int
+    active_sequences: int
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_rank: _Optional[int] = ..., max_loras: _Optional[int] = ..., keep_versions: _Optional[int] = ..., active_requests: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., max_sequences: _Optional[int] = ..., active_sequences: _Optional[int] = ...) -> None: ...
