@@ -24,6 +24,7 @@ def run(
     *,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name of the base model.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT. Loopback unless told otherwise.")] = "127.0.0.1:50052",
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of OpenAI's HTTP API, which is off if not given.")] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Of the base weights. auto: the checkpoint's own, as vLLM reads it.")
     ] = Dtype.AUTO,
@@ -57,7 +58,7 @@ def run(
         max_model_len=max_model_len,
         kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
     )
-    sys.exit(asyncio.run(serve(config, listen, drain_seconds)))
+    sys.exit(asyncio.run(serve(config, listen, http, drain_seconds)))
 
 
 def main() -> None:

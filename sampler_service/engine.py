@@ -1,6 +1,7 @@
 """vLLM: start, generate, score, install and drop adapters, stop.
 
-The only module of the service's own process that imports vLLM. It validates nothing; `sampler.py` has done that.
+With `openai_http.py` the only module of the service's own process that imports vLLM. It validates nothing; `sampler.py`
+has done that.
 """
 
 import asyncio
@@ -65,6 +66,8 @@ class EngineInfo:
 class Engine:
     """A running vLLM with one base model.
 
+    llm: vLLM itself, for `openai_http.py`.
+
     Every method raises ServiceError UNAVAILABLE (ENGINE_DEAD) once vLLM's processes have died.
     """
 
@@ -81,13 +84,14 @@ class Engine:
                 "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
                 dtype="float32",
             )
-        self._llm = AsyncLLM.from_engine_args(
+        self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(checkpoint.folder),
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,
                 skip_tokenizer_init=not has_tokenizer,
                 enable_prefix_caching=True,
+                generation_config="vllm",  # what a request leaves open is the same for every model
                 enable_lora=True,
                 max_loras=config.max_loras,
                 max_lora_rank=min(rank for rank in _SLOT_RANKS if rank >= config.max_rank),
@@ -102,7 +106,7 @@ class Engine:
         )
         self._request_ids = itertools.count()
         self._drops: set[asyncio.Task[None]] = set()
-        model = self._llm.model_config
+        model = self.llm.model_config
         self.info = EngineInfo(
             device="cpu" if on_cpu else "cuda",
             dtype=tensors.dtype_from_name(str(model.dtype).removeprefix("torch.")),
@@ -112,7 +116,7 @@ class Engine:
     @property
     def dead(self) -> bool:
         """True once vLLM's processes have died; nothing brings them back."""
-        return self._llm.errored
+        return self.llm.errored
 
     async def prove(self) -> None:
         """Runs one step. vLLM can load models that it cannot run, and dies of the first request for them."""
@@ -121,13 +125,13 @@ class Engine:
 
     def check_structure(self, structure: Structure) -> None:
         """INVALID_ARGUMENT when vLLM cannot follow it."""
-        config = self._llm.vllm_config
+        config = self.llm.vllm_config
         try:
             SamplingParams(structured_outputs=_structured_outputs(structure)).verify(
                 config.model_config,
                 config.speculative_config,
                 config.structured_outputs_config,
-                self._llm.tokenizer,
+                self.llm.tokenizer,
             )
         except ValueError as cause:
             raise structure_invalid(structure, str(cause)) from cause
@@ -158,7 +162,7 @@ class Engine:
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
             structured_outputs=_structured_outputs(sampling.structure),
-            detokenize=self._llm.tokenizer is not None,
+            detokenize=self.llm.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA,
         )
         scored_prompt = sampling.prompt_logprobs is None
@@ -221,10 +225,15 @@ class Engine:
                     )
                 if count != len(layout):
                     raise RuntimeError(f"rank {rank} has stored {count} of {len(layout)} tensors of {version.uri}")
-            await self._llm.add_lora(_lora_request(version))
+            await self.llm.add_lora(lora_request(version))
         except BaseException:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
             raise
+
+    async def abort(self, request: LoRARequest) -> None:
+        """Ends what runs for this very object."""
+        states = self.llm.output_processor.request_states.items()
+        await self.llm.abort([key for key, state in states if state.lora_request is request], internal=True)
 
     def drop(self, version: Version) -> None:
         """Frees a version's memory in every worker, soon. Its last request must have ended."""
@@ -234,7 +243,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """Ends vLLM's processes. Takes seconds and blocks."""
-        self._llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+        self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
     async def _drop(self, version: Version) -> None:
         await asyncio.sleep(_DROP_GRACE_SECONDS)
@@ -243,17 +252,17 @@ class Engine:
 
     async def _on_all_ranks(self, method: str, *arguments: Any) -> list[Any]:
         with _dead_engine_reported():
-            return await self._llm.collective_rpc(method, args=arguments)
+            return await self.llm.collective_rpc(method, args=arguments)
 
     @contextlib.asynccontextmanager
     async def _request(
         self, prompt: Sequence[int], parameters: SamplingParams, version: Version | None
     ) -> AsyncIterator[AsyncIterator[Any]]:
-        outputs = self._llm.generate(
+        outputs = self.llm.generate(
             tokens_input(list(prompt)),
             parameters,
             request_id=str(next(self._request_ids)),
-            lora_request=_lora_request(version) if version else None,
+            lora_request=lora_request(version) if version else None,
         )
         with _dead_engine_reported():
             async with contextlib.aclosing(outputs):
@@ -269,7 +278,8 @@ def kill_starting_engine() -> None:
         kill_process_tree(child.pid)
 
 
-def _lora_request(version: Version) -> LoRARequest:
+def lora_request(version: Version) -> LoRARequest:
+    """The version as vLLM's methods take it."""
     return LoRARequest(version.lora_name, version.lora_id, version.uri)
 
 

@@ -181,23 +181,23 @@ def _check_structure(structure: Structure) -> None:
     if structure.kind == "json_schema":
         try:
             schema = json.loads(str(structure.value))
-            levels = _levels(schema)
+            depth = levels(schema)
         except (ValueError, RecursionError) as cause:
             raise structure_invalid(structure, str(cause)) from cause
         if not isinstance(schema, dict):
             raise structure_invalid(structure, "a JSON Schema is an object")
-        if levels > MAX_SCHEMA_LEVELS:
-            why = f"its objects are nested {levels} levels deep, and can be {MAX_SCHEMA_LEVELS}"
+        if depth > MAX_SCHEMA_LEVELS:
+            why = f"its objects are nested {depth} levels deep, and can be {MAX_SCHEMA_LEVELS}"
             raise structure_invalid(structure, why)
 
 
-def _levels(value: object) -> int:
-    """How deep objects are nested in one another."""
+def levels(value: object) -> int:
+    """How deep the objects of a JSON value are nested in one another."""
     match value:
         case dict():
-            return 1 + max(map(_levels, value.values()), default=0)
+            return 1 + max(map(levels, value.values()), default=0)
         case list():
-            return max(map(_levels, value), default=0)
+            return max(map(levels, value), default=0)
         case _:
             return 0
 

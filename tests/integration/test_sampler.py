@@ -356,7 +356,7 @@ async def test_cancelling_stops_the_work(stub, v1):
 
 async def test_a_deadline_that_passes_stops_the_work(stub, v1):
     endless = sampler_pb2.GenerateRequest(
-        adapter_id="anna", text=STORY, sampling=sampler_pb2.SamplingParams(n=2, logit_bias={0: -100.0})
+        adapter_id="anna", text=STORY, sampling=sampler_pb2.SamplingParams(n=2, logit_bias={0: -100.0, 2: -100.0})
     )
     for call in (
         stub.Generate(endless, timeout=2),
