@@ -1,6 +1,7 @@
 """OpenAI's API as a client sees it, on the sampler that the gRPC tests use."""
 
 import asyncio
+import contextlib
 import json
 
 import httpx
@@ -165,6 +166,7 @@ DEEP = json.loads('{"a":' * 60 + "{}" + "}" * 60)
                 {"prompt": "sea " * 5000},
                 {"temperature": -1},
                 {"temperature": float("nan")},
+                {"temperature": float("inf")},
                 {"top_p": 2},
                 {"logprobs": 10_000},
                 {"logit_bias": {"999999": 1}},
@@ -185,6 +187,28 @@ async def test_a_bad_body_is_refused_and_harms_nobody(http, client, sampler, bad
     assert answer.json()["error"]["message"]
     assert await active(sampler) == (0, 0)
     assert (await complete(client, BASE, max_tokens=1)).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"n": 2, "seed": 2**63 - 1},
+        {"n": 2, "seed": -(2**63)},
+        {"logit_bias": {"5": 1e300}},
+        {"logit_bias": {"5": float("nan")}},
+        {"extra_body": {"repetition_penalty": 1e300}},
+        {"extra_body": {"bad_words": ["sea"], "min_tokens": 3}},
+        {"extra_body": {"prompt_logprobs": 3}},
+        {"extra_body": {"use_beam_search": True}, "n": 3},
+        {"echo": True, "logprobs": 2},
+        {"user": "x" * 10_000},
+    ],
+)
+async def test_an_odd_body_harms_nobody(client, sampler, olga, odd):
+    with contextlib.suppress(openai.BadRequestError):
+        await complete(client, "olga", **odd)
+    await until_active(sampler, 0, 0)
+    assert (await complete(client, "olga", max_tokens=1)).usage.completion_tokens == 1
 
 
 @pytest.mark.parametrize(
