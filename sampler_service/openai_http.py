@@ -131,7 +131,7 @@ class _Models(OpenAIServingModels):
             # A stream that was abandoned ends when Python collects it, and the version may not wait for that.
             await self._engine.abort(lora)
 
-    def model_name(self, lora_request: LoRARequest | None = None) -> str:  # a keyword of vLLM's
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:  # named as vLLM does
         """What a response says of who answered: ADAPTER@VERSION, or the base model's name."""
         return lora_request.lora_name.partition("#")[0] if lora_request else self.base_name
 

@@ -312,7 +312,7 @@ async def test_prompt_logprobs_are_the_scores_and_come_once(stub, tokenizer, v1)
     positions = responses[0].prompt_logprobs
     assert not any(response.prompt_logprobs for response in responses[1:])
     assert all(len(position.top) == 2 for position in positions)
-    expected, _ = await scores(stub, tokens, "anna", 1)
+    _, expected = await scores(stub, tokens, "anna", 1)
     assert [position.logprob for position in positions] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
