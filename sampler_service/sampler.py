@@ -103,7 +103,7 @@ class Sampler:
             versions = []
             for index, request in enumerate(requests):
                 with _blamed_on(index):
-                    versions.append(admission.enter_context(self._leased(request.adapter_id, request.version)))
+                    versions.append(admission.enter_context(self._using(request.adapter_id, request.version)))
             admission.enter_context(self._room(sum(request.sampling.n for request in requests)))
             prompts = []
             for index, request in enumerate(requests):
@@ -132,7 +132,7 @@ class Sampler:
     @contextlib.contextmanager
     def admitted(self, adapter_id: str, version: int, sequences: int) -> Iterator[Version | None]:
         """Keeps a version, None being the bare base model, and room for so many sequences. Errors as in `generate`."""
-        with self._leased(adapter_id, version) as served_by, self._room(sequences):
+        with self._using(adapter_id, version) as served_by, self._room(sequences):
             yield served_by
 
     def _check(self, sampling: Sampling) -> None:
@@ -185,7 +185,7 @@ class Sampler:
             self.active_sequences -= sequences
 
     @contextlib.contextmanager
-    def _leased(self, adapter_id: str, version: int) -> Iterator[Version | None]:
+    def _using(self, adapter_id: str, version: int) -> Iterator[Version | None]:
         if not adapter_id and version:
             raise errors.invalid_argument(
                 "VERSION_WITHOUT_ADAPTER", "the bare base model has no versions", field="version", version=version

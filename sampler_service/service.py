@@ -27,7 +27,7 @@ SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_na
 async def serve(config: SamplerConfig, listen: str, http: str | None, drain_seconds: float) -> int:
     """Serves on `listen`, and OpenAI's API on `http`, until a signal comes or vLLM dies, and leaves no process behind.
 
-    Both are HOST:PORT; HTTP connections are refused until the model is loaded. OSError when that address is taken.
+    Both are HOST:PORT; HTTP connections are refused until the service is ready. OSError when that address is taken.
     Returns the exit status: 0 after a signal, 1 when the model cannot be loaded or vLLM has died.
     """
     servicer = SamplerServicer()
@@ -50,6 +50,8 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, drain_seco
         await server.drain(0)
         return 1
     servicer.attach(sampler)
+    for each in http_servers:
+        await each.start()
     await server.set_ready()
     died = asyncio.create_task(_until_dead(engine))
     await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
@@ -67,7 +69,7 @@ async def _load(
     sampler, engine = await asyncio.to_thread(_start, config)
     try:
         await engine.prove()
-        http_servers = [await _serve_http(listener, sampler, engine)] if listener else []
+        http_servers = [await asyncio.to_thread(_http_server, listener, sampler, engine)] if listener else []
     except BaseException:
         engine.shutdown()
         raise
@@ -84,13 +86,10 @@ def _bound(address: str) -> socket.socket:
     return bound
 
 
-async def _serve_http(listener: socket.socket, sampler: Sampler, engine: "Engine") -> "HttpServer":
-    # As in `_start`.
-    from sampler_service.openai_http import HttpServer  # noqa: PLC0415
+def _http_server(listener: socket.socket, sampler: Sampler, engine: "Engine") -> "HttpServer":
+    from sampler_service.openai_http import HttpServer  # noqa: PLC0415  as in `_start`
 
-    server = await asyncio.to_thread(HttpServer, listener, sampler, engine)
-    await server.start()
-    return server
+    return HttpServer(listener, sampler, engine)
 
 
 def _start(config: SamplerConfig) -> "tuple[Sampler, Engine]":
