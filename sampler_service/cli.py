@@ -24,6 +24,7 @@ def run(
     *,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub name of the base model.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT. Loopback unless told otherwise.")] = "127.0.0.1:50052",
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of OpenAI's HTTP API, which is off if not given.")] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Of the base weights. auto: the checkpoint's own, as vLLM reads it.")
     ] = Dtype.AUTO,
@@ -32,6 +33,10 @@ def run(
     keep_versions: Annotated[
         int, typer.Option(min=1, help="Live versions kept per adapter, besides those with running requests.")
     ] = 2,
+    max_sequences: Annotated[
+        int,
+        typer.Option(min=1, help="Completions and sequences to score that may run or wait at once; more are refused."),
+    ] = 256,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Longest sequence in tokens. As long as the model can, if not given.")
     ] = None,
@@ -52,11 +57,12 @@ def run(
         max_rank=max_rank,
         max_loras=max_loras,
         keep_versions=keep_versions,
+        max_sequences=max_sequences,
         max_model_len=max_model_len,
         kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
         await_trainer=await_trainer,
     )
-    sys.exit(asyncio.run(serve(config, listen, drain_seconds)))
+    sys.exit(asyncio.run(serve(config, listen, http, drain_seconds)))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ class SamplerConfig:
     max_rank: largest LoRA rank that a push may have.
     max_loras: adapter versions that one engine step can mix; requests on more wait.
     keep_versions: live versions kept per adapter besides those with running requests.
+    max_sequences: most completions and sequences to score that may run or wait in the engine; more are refused.
     max_model_len: longest sequence in tokens, None for as long as the model can.
     kv_cache_bytes: memory for keys and values on a CPU; on a GPU vLLM takes what is left.
     await_trainer: not to report ready before the trainer has brought it up to date.
@@ -22,6 +23,7 @@ class SamplerConfig:
     max_rank: int
     max_loras: int
     keep_versions: int
+    max_sequences: int
     max_model_len: int | None
     kv_cache_bytes: int
     await_trainer: bool

@@ -1,6 +1,7 @@
 """vLLM: start, generate, score, install and drop adapters, stop.
 
-The only module of the service's own process that imports vLLM. It validates nothing; `sampler.py` has done that.
+With `openai_http.py` the only module of the service's own process that imports vLLM. It validates nothing; `sampler.py`
+has done that.
 """
 
 import asyncio
@@ -14,17 +15,18 @@ from typing import Any
 import numpy as np
 import structlog
 from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import StructuredOutputsConfig
 from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from sampler_service.config import SamplerConfig
-from sampler_service.requests import Delta, Finish, Position, Sampling
+from sampler_service.requests import Delta, Finish, Position, Sampling, Structure, structure_invalid
 from sampler_service.versions import Version
 from service_common import errors
 from service_common.checkpoint import Checkpoint
@@ -64,6 +66,8 @@ class EngineInfo:
 class Engine:
     """A running vLLM with one base model.
 
+    llm: vLLM itself, for `openai_http.py`.
+
     Every method raises ServiceError UNAVAILABLE (ENGINE_DEAD) once vLLM's processes have died.
     """
 
@@ -83,27 +87,29 @@ class Engine:
                 "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
                 dtype="float32",
             )
-        self._llm = AsyncLLM.from_engine_args(
+        self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(checkpoint.folder),
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,
                 skip_tokenizer_init=not has_tokenizer,
                 enable_prefix_caching=True,
+                generation_config="vllm",  # what a request leaves open is the same for every model
                 enable_lora=True,
                 max_loras=config.max_loras,
                 max_lora_rank=min(rank for rank in _SLOT_RANKS if rank >= config.max_rank),
                 # Left alone vLLM adapts embeddings and lm_head as well: large slots, and scoring crashes on a CPU.
                 lora_target_modules=list(TARGET_MODULES),
+                # Left alone vLLM tries others where this one refuses, and the first that it takes gets all requests.
+                structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
                 worker_extension_cls="sampler_service.worker_extension.LoraWorkerExtension",
                 disable_log_stats=True,
                 **arguments,
             )
         )
-        self._has_tokenizer = has_tokenizer
         self._request_ids = itertools.count()
         self._drops: set[asyncio.Task[None]] = set()
-        model = self._llm.model_config
+        model = self.llm.model_config
         self.info = EngineInfo(
             device="cpu" if on_cpu else "cuda",
             dtype=tensors.dtype_from_name(str(model.dtype).removeprefix("torch.")),
@@ -113,12 +119,25 @@ class Engine:
     @property
     def dead(self) -> bool:
         """True once vLLM's processes have died; nothing brings them back."""
-        return self._llm.errored
+        return self.llm.errored
 
     async def prove(self) -> None:
         """Runs one step. vLLM can load models that it cannot run, and dies of the first request for them."""
         async for _ in self.generate((0,), Sampling(max_tokens=1), None):
             pass
+
+    def check_structure(self, structure: Structure) -> None:
+        """INVALID_ARGUMENT when vLLM cannot follow it."""
+        config = self.llm.vllm_config
+        try:
+            SamplingParams(structured_outputs=_structured_outputs(structure)).verify(
+                config.model_config,
+                config.speculative_config,
+                config.structured_outputs_config,
+                self.llm.tokenizer,
+            )
+        except ValueError as cause:
+            raise structure_invalid(structure, str(cause)) from cause
 
     async def generate(
         self, prompt: Sequence[int], sampling: Sampling, version: Version | None
@@ -137,20 +156,36 @@ class Engine:
             # vLLM takes -1 for none and adds the completion's index, which must not overflow.
             seed=None if sampling.seed is None else sampling.seed % (1 << 62),
             stop=list(sampling.stop),
+            stop_token_ids=list(sampling.stop_token_ids),
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias) or None,
             logprobs=sampling.logprobs,
-            detokenize=self._has_tokenizer,
+            prompt_logprobs=sampling.prompt_logprobs,
+            structured_outputs=_structured_outputs(sampling.structure),
+            detokenize=self.llm.tokenizer is not None,
             output_kind=RequestOutputKind.DELTA,
         )
+        scored_prompt = sampling.prompt_logprobs is None
         async with self._request(prompt, parameters, version) as outputs:
             async for output in outputs:
+                # Every completion comes with them once, and they are all the same.
+                prompt_logprobs = []
+                if not scored_prompt and output.prompt_logprobs:
+                    prompt_logprobs = _positions(prompt[1:], output.prompt_logprobs[1:], sampling.prompt_logprobs)
+                    scored_prompt = True
                 for completion in output.outputs:
                     yield Delta(
                         index=completion.index,
                         tokens=list(completion.token_ids),
                         text=completion.text,
-                        logprobs=_positions(completion, sampling.logprobs),
+                        logprobs=_positions(completion.token_ids, completion.logprobs, sampling.logprobs),
                         finish=_finish(completion.finish_reason),
+                        prompt_logprobs=prompt_logprobs,
                     )
+                    prompt_logprobs = []
 
     async def score(self, tokens: Sequence[int], version: Version | None) -> np.ndarray:
         """float32 [len(tokens) - 1]: log p(tokens[i + 1] | tokens[0..i]) at temperature 1. Cancelling it aborts."""
@@ -196,10 +231,15 @@ class Engine:
                     )
                 if count != len(layout):
                     raise RuntimeError(f"rank {rank} has stored {count} of {len(layout)} tensors of {version.uri}")
-            await self._llm.add_lora(_lora_request(version))
+            await self.llm.add_lora(lora_request(version))
         except BaseException:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
             raise
+
+    async def abort(self, request: LoRARequest) -> None:
+        """Ends what runs for this very object."""
+        states = self.llm.output_processor.request_states.items()
+        await self.llm.abort([key for key, state in states if state.lora_request is request], internal=True)
 
     def drop(self, version: Version) -> None:
         """Frees a version's memory, here and in every worker, soon. Its last request must have ended."""
@@ -209,7 +249,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """Ends vLLM's processes. Takes seconds and blocks."""
-        self._llm.shutdown(timeout=_SHUTDOWN_SECONDS)
+        self.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
 
     async def _drop(self, version: Version) -> None:
         await asyncio.sleep(_DROP_GRACE_SECONDS)
@@ -219,17 +259,17 @@ class Engine:
 
     async def _on_all_ranks(self, method: str, *arguments: Any) -> list[Any]:
         with _dead_engine_reported():
-            return await self._llm.collective_rpc(method, args=arguments)
+            return await self.llm.collective_rpc(method, args=arguments)
 
     @contextlib.asynccontextmanager
     async def _request(
         self, prompt: Sequence[int], parameters: SamplingParams, version: Version | None
     ) -> AsyncIterator[AsyncIterator[Any]]:
-        outputs = self._llm.generate(
+        outputs = self.llm.generate(
             tokens_input(list(prompt)),
             parameters,
             request_id=str(next(self._request_ids)),
-            lora_request=_lora_request(version) if version else None,
+            lora_request=lora_request(version) if version else None,
         )
         with _dead_engine_reported():
             async with contextlib.aclosing(outputs):
@@ -245,7 +285,8 @@ def kill_starting_engine() -> None:
         kill_process_tree(child.pid)
 
 
-def _lora_request(version: Version) -> LoRARequest:
+def lora_request(version: Version) -> LoRARequest:
+    """The version as vLLM's methods take it."""
     return LoRARequest(version.lora_name, version.lora_id, version.uri)
 
 
@@ -257,14 +298,26 @@ def _finish(reason: str | None) -> Finish | None:
     return _FINISH[reason]
 
 
-def _positions(completion: Any, count: int | None) -> list[Position]:
+def _positions(tokens: Sequence[int], logprobs: Any, count: int | None) -> list[Position]:
     if count is None:
         return []
     positions = []
-    for token, entries in zip(completion.token_ids, completion.logprobs, strict=True):
+    for token, entries in zip(tokens, logprobs, strict=True):
         top = sorted(((entry.logprob, other) for other, entry in entries.items()), reverse=True)[:count]
         positions.append(Position(entries[token].logprob, [(other, logprob) for logprob, other in top]))
     return positions
+
+
+def _structured_outputs(structure: Structure | None) -> StructuredOutputsParams | None:
+    match structure:
+        case None:
+            return None
+        case Structure("json_schema", value):
+            return StructuredOutputsParams(json=value)
+        case Structure("choice", value):
+            return StructuredOutputsParams(choice=list(value))
+        case Structure(kind, value):
+            return StructuredOutputsParams(**{kind: value})
 
 
 @contextlib.contextmanager

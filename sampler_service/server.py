@@ -1,12 +1,24 @@
 """SamplerService over gRPC: proto in, one call, proto out."""
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterable
 
 import grpc
 
 from sampler_service.push import AlreadyLive, Push
-from sampler_service.requests import ChatPrompt, Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
-from sampler_service.sampler import Generation, Sampler
+from sampler_service.requests import (
+    ChatPrompt,
+    Delta,
+    Finish,
+    Position,
+    Prompt,
+    Request,
+    Sampling,
+    Structure,
+    TextPrompt,
+    TokenPrompt,
+)
+from sampler_service.sampler import Generation, Result, Sampler
 from sampler_service.versions import Version
 from service_common import errors, failpoints
 from service_common.lora import TARGET_MODULES
@@ -125,12 +137,17 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
     async def Generate(
         self, request: sampler_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[sampler_pb2.GenerateResponse]:
-        admission = self._sampler.generate(
-            request.adapter_id, request.version, _prompt(request), _sampling(request.sampling)
-        )
-        async with admission as generation:
+        async with self._sampler.generate(_request(request)) as generation:
             async for delta in generation.deltas:
                 yield self._response(generation, delta)
+
+    async def GenerateBatch(
+        self, request: sampler_pb2.GenerateBatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sampler_pb2.GenerateBatchResponse]:
+        requests = [_request(each) for each in request.requests]
+        async with contextlib.aclosing(self._sampler.generate_batch(requests)) as results:
+            async for result in results:
+                yield self._result(result)
 
     async def ComputeLogprobs(
         self, request: sampler_pb2.ComputeLogprobsRequest, context: grpc.aio.ServicerContext
@@ -156,6 +173,8 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             active_requests=sampler.active_requests,
             target_modules=TARGET_MODULES,
             instance_id=sampler.instance_id,
+            max_sequences=sampler.config.max_sequences,
+            active_sequences=sampler.active_sequences,
         )
 
     def _served_by(self, version: Version | None) -> sampler_pb2.AdapterVersion:
@@ -184,19 +203,47 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         )
 
     def _response(self, generation: Generation, delta: Delta) -> sampler_pb2.GenerateResponse:
-        response = sampler_pb2.GenerateResponse(
+        return sampler_pb2.GenerateResponse(
             served_by=self._served_by(generation.served_by),
             index=delta.index,
             tokens=delta.tokens,
             text=delta.text,
             finish_reason=_FINISH_REASONS[delta.finish],
             prompt_tokens=generation.prompt_tokens,
+            logprobs=_positions(delta.logprobs),
+            prompt_logprobs=_positions(delta.prompt_logprobs),
         )
-        for position in delta.logprobs:
-            entry = response.logprobs.add(logprob=position.logprob)
-            for token, logprob in position.top:
-                entry.top.add(token=token, logprob=logprob)
-        return response
+
+    def _result(self, result: Result) -> sampler_pb2.GenerateBatchResponse:
+        return sampler_pb2.GenerateBatchResponse(
+            index=result.index,
+            served_by=self._served_by(result.served_by),
+            completions=[
+                sampler_pb2.Completion(
+                    tokens=completion.tokens,
+                    text=completion.text,
+                    logprobs=_positions(completion.logprobs),
+                    finish_reason=_FINISH_REASONS[completion.finish],
+                )
+                for completion in result.completions
+            ],
+            prompt_tokens=result.prompt_tokens,
+            prompt_logprobs=_positions(result.prompt_logprobs),
+        )
+
+
+def _positions(positions: Iterable[Position]) -> list[sampler_pb2.PositionLogprobs]:
+    return [
+        sampler_pb2.PositionLogprobs(
+            logprob=position.logprob,
+            top=[sampler_pb2.TokenLogprob(token=token, logprob=logprob) for token, logprob in position.top],
+        )
+        for position in positions
+    ]
+
+
+def _request(request: sampler_pb2.GenerateRequest) -> Request:
+    return Request(request.adapter_id, request.version, _prompt(request), _sampling(request.sampling))
 
 
 def _prompt(request: sampler_pb2.GenerateRequest) -> Prompt:
@@ -209,10 +256,23 @@ def _prompt(request: sampler_pb2.GenerateRequest) -> Prompt:
             return TokenPrompt(request.tokens.tokens)
 
 
+_OPTIONAL = [field.name for field in sampler_pb2.SamplingParams.DESCRIPTOR.fields if field.has_presence]
+
+
 def _sampling(params: sampler_pb2.SamplingParams) -> Sampling:
-    optional = ("n", "max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
-    given = {name: getattr(params, name) for name in optional if params.HasField(name)}
-    return Sampling(stop=tuple(params.stop), **given)
+    kind = params.WhichOneof("structure")
+    structure = None
+    if kind:
+        value = getattr(params, kind)
+        structure = Structure(kind, tuple(value.options) if kind == "choice" else value)
+    given = {name: getattr(params, name) for name in _OPTIONAL if params.HasField(name) and name != kind}
+    return Sampling(
+        stop=tuple(params.stop),
+        stop_token_ids=tuple(params.stop_token_ids),
+        logit_bias=dict(params.logit_bias),
+        structure=structure,
+        **given,
+    )
 
 
 def _unexpected_frame(rule: str, request: sampler_pb2.PushAdapterRequest) -> errors.ServiceError:

@@ -1,6 +1,8 @@
 """The sampler's life: listen, load, serve, drain, end."""
 
 import asyncio
+import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -15,36 +17,41 @@ from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
 
 if TYPE_CHECKING:
     from sampler_service.engine import Engine
+    from sampler_service.openai_http import HttpServer
 
 log = structlog.get_logger(__name__)
 
 SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name
 
 
-async def serve(config: SamplerConfig, listen: str, drain_seconds: float) -> int:
-    """Serves on `listen` (HOST:PORT) until a signal comes or vLLM dies, and leaves no process behind.
+async def serve(config: SamplerConfig, listen: str, http: str | None, drain_seconds: float) -> int:
+    """Serves on `listen`, and OpenAI's API on `http`, until a signal comes or vLLM dies, and leaves no process behind.
 
+    Both are HOST:PORT; HTTP connections are refused until the service is ready. OSError when that address is taken.
     Returns the exit status: 0 after a signal, 1 when the model cannot be loaded or vLLM has died.
     """
     servicer = SamplerServicer()
     server = rpc.Server(
         listen, SERVICE_NAME, lambda inner: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, inner)
     )
+    listener = _bound(http) if http else None
     signalled = asyncio.create_task(rpc.until_signal())
     await server.start()
-    loading = asyncio.create_task(_load(config))
+    loading = asyncio.create_task(_load(config, listener))
     await asyncio.wait((signalled, loading), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         await server.drain(0)
         await _abandon(loading)
         return 0
     try:
-        sampler, engine = loading.result()
+        sampler, engine, http_servers = loading.result()
     except Exception as error:
         log.error("load_failed", model=config.model, error=str(error), exc_info=not isinstance(error, ServiceError))
         await server.drain(0)
         return 1
     servicer.attach(sampler)
+    for each in http_servers:
+        await each.start()
     died = asyncio.create_task(_until_dead(engine))
     if config.await_trainer:
         log.info("awaiting_trainer")
@@ -55,19 +62,39 @@ async def serve(config: SamplerConfig, listen: str, drain_seconds: float) -> int
         await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
         log.error("engine_died")
-    await server.drain(0 if died.done() else drain_seconds)
+    grace_seconds = 0 if died.done() else drain_seconds
+    await asyncio.gather(server.drain(grace_seconds), *(each.drain(grace_seconds) for each in http_servers))
     engine.shutdown()
     return 1 if died.done() else 0
 
 
-async def _load(config: SamplerConfig) -> "tuple[Sampler, Engine]":
+async def _load(
+    config: SamplerConfig, listener: socket.socket | None
+) -> "tuple[Sampler, Engine, Sequence[HttpServer]]":
     sampler, engine = await asyncio.to_thread(_start, config)
     try:
         await engine.prove()
+        http_servers = [await asyncio.to_thread(_http_server, listener, sampler, engine)] if listener else []
     except BaseException:
         engine.shutdown()
         raise
-    return sampler, engine
+    return sampler, engine, http_servers
+
+
+def _bound(address: str) -> socket.socket:
+    """The port is taken from now on, and who connects is refused until something listens."""
+    host, _, port = address.rpartition(":")
+    family, kind, *_, resolved = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, kind)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(resolved)
+    return bound
+
+
+def _http_server(listener: socket.socket, sampler: Sampler, engine: "Engine") -> "HttpServer":
+    from sampler_service.openai_http import HttpServer  # noqa: PLC0415  as in `_start`
+
+    return HttpServer(listener, sampler, engine)
 
 
 def _start(config: SamplerConfig) -> "tuple[Sampler, Engine]":

@@ -24,6 +24,9 @@ class Code(enum.Enum):
 class ServiceError(Exception):
     """A failure with a known cause."""
 
+    retry_seconds: float | None = None
+    """When the same request may succeed, for google.rpc.RetryInfo, if that is known."""
+
     def __init__(self, code: Code, reason: str, message: str, *, field: str = "", **metadata: Any):
         """`field`: path of the offending request field, for google.rpc.BadRequest."""
         super().__init__(message)
@@ -32,6 +35,13 @@ class ServiceError(Exception):
         self.message = message
         self.field = field
         self.metadata = {name: str(value) for name, value in metadata.items()}
+
+    def within(self, part: str) -> "ServiceError":
+        """The same error, of that part of a larger request, such as "requests[3]"."""
+        field = f"{part}.{self.field}" if self.field else part
+        error = ServiceError(self.code, self.reason, f"{part}: {self.message}", field=field, **self.metadata)
+        error.retry_seconds = self.retry_seconds
+        return error
 
 
 def invalid_argument(reason: str, message: str, *, field: str = "", **metadata: Any) -> ServiceError:
@@ -54,9 +64,13 @@ def failed_precondition(reason: str, message: str, **metadata: Any) -> ServiceEr
     return ServiceError(Code.FAILED_PRECONDITION, reason, message, **metadata)
 
 
-def resource_exhausted(reason: str, message: str, **metadata: Any) -> ServiceError:
-    """A limit is reached."""
-    return ServiceError(Code.RESOURCE_EXHAUSTED, reason, message, **metadata)
+def resource_exhausted(
+    reason: str, message: str, *, retry_seconds: float | None = None, **metadata: Any
+) -> ServiceError:
+    """A limit is reached. `retry_seconds`: when there may be room again, if that is known."""
+    error = ServiceError(Code.RESOURCE_EXHAUSTED, reason, message, **metadata)
+    error.retry_seconds = retry_seconds
+    return error
 
 
 def aborted(reason: str, message: str, **metadata: Any) -> ServiceError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ log = structlog.get_logger(__name__)
 
 
 def status_of(error: ServiceError) -> status_pb2.Status:
-    """The google.rpc.Status, with ErrorInfo and, where a field is to blame, BadRequest."""
+    """The google.rpc.Status: ErrorInfo; BadRequest where a field is to blame; RetryInfo where waiting helps."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code.value), message=error.message)
     details: list[Any] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata)
@@ -40,6 +41,9 @@ def status_of(error: ServiceError) -> status_pb2.Status:
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_seconds is not None:
+        delay = datetime.timedelta(seconds=error.retry_seconds)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)

@@ -233,6 +233,7 @@ class FakeSampler(sampler_pb2_grpc.SamplerServiceServicer):
         self.endless = False
         self.cancelled = threading.Event()
         self.generate_requests: list[sampler_pb2.GenerateRequest] = []
+        self.cut_batch = False
 
     async def PushAdapter(self, request_iterator, context):
         begin = (await anext(request_iterator)).begin
@@ -313,6 +314,27 @@ class FakeSampler(sampler_pb2_grpc.SamplerServiceServicer):
                     finish_reason="FINISH_REASON_STOP" if last else "FINISH_REASON_UNSPECIFIED",
                     **common,
                 )
+
+    async def GenerateBatch(self, request, context):
+        if len(request.requests) > 8:
+            raise errors.resource_exhausted("SAMPLER_FULL", "no room", retry_seconds=1.25, max_sequences=8)
+        for index, each in reversed(list(enumerate(request.requests))):  # the last one is done first
+            self.generate_requests.append(each)
+            if self.cut_batch and index == 0:
+                return
+            completion = sampler_pb2.Completion(
+                tokens=[index, 7],
+                text=f"{each.text}!",
+                logprobs=[sampler_pb2.PositionLogprobs(logprob=-0.5)] * 2,
+                finish_reason="FINISH_REASON_LENGTH",
+            )
+            yield sampler_pb2.GenerateBatchResponse(
+                index=index,
+                served_by=sampler_pb2.AdapterVersion(adapter_id=each.adapter_id, version=3),
+                completions=[completion] * each.sampling.n,
+                prompt_tokens=5,
+                prompt_logprobs=[sampler_pb2.PositionLogprobs(logprob=-1)],
+            )
 
     async def ComputeLogprobs(self, request, context):
         scores = [-np.ones(len(sequence.tokens) - 1, np.float32) for sequence in request.sequences]

@@ -25,9 +25,17 @@ def tiny_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def sampler_process(smollm2: Path) -> Iterator[ServiceProcess]:
+def http_address() -> str:
+    """Where `sampler_process` serves OpenAI's API."""
+    return free_address()
+
+
+@pytest.fixture(scope="session")
+def sampler_process(smollm2: Path, http_address: str) -> Iterator[ServiceProcess]:
     """SmolLM2 in float32."""
-    sampler = start_sampler(smollm2, "--dtype", "float32", "--max-model-len", "2048")
+    sampler = start_sampler(
+        smollm2, "--dtype=float32", "--max-model-len=2048", "--max-sequences=64", f"--http={http_address}"
+    )
     try:
         yield wait_ready(sampler)
     finally:

@@ -98,7 +98,17 @@ class SamplerWorld:
 
     async def start(self) -> "SamplerWorld":
         """Comes up with nothing."""
-        config = SamplerConfig("model", "float32", 8, 4, 2, None, 0, await_trainer=True)
+        config = SamplerConfig(
+            model="model",
+            dtype="float32",
+            max_rank=8,
+            max_loras=4,
+            keep_versions=2,
+            max_sequences=64,
+            max_model_len=None,
+            kv_cache_bytes=0,
+            await_trainer=True,
+        )
         self.engine = FakeEngine()
         self.sampler = Sampler(config, self._checkpoint, self.engine, SimpleNamespace(present=False))
         servicer = SamplerServicer()

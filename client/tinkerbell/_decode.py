@@ -1,7 +1,7 @@
 """Messages to results: one function per dataclass of `tinkerbell.results`."""
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tinkerbell import results, tensors
@@ -85,6 +85,8 @@ def sampler_info(message: sampler_pb2.SamplerServiceGetBackendInfoResponse) -> r
         keep_versions=message.keep_versions,
         active_requests=message.active_requests,
         target_modules=tuple(message.target_modules),
+        max_sequences=message.max_sequences,
+        active_sequences=message.active_sequences,
     )
 
 
@@ -230,17 +232,22 @@ def generate_delta(message: sampler_pb2.GenerateResponse) -> results.GenerateDel
         index=message.index,
         tokens=tuple(message.tokens),
         text=message.text,
-        logprobs=tuple(
-            results.PositionLogprobs(position.logprob, tuple((top.token, top.logprob) for top in position.top))
-            for position in message.logprobs
-        ),
+        logprobs=_positions(message.logprobs),
         finish_reason=_FINISH_REASONS[message.finish_reason],
         prompt_tokens=message.prompt_tokens,
         served_by=adapter_version(message.served_by),
+        prompt_logprobs=_positions(message.prompt_logprobs),
     )
 
 
-def generate_result(deltas: Iterable[results.GenerateDelta]) -> results.GenerateResult:
+def _positions(messages: Iterable[sampler_pb2.PositionLogprobs]) -> tuple[results.PositionLogprobs, ...]:
+    return tuple(
+        results.PositionLogprobs(position.logprob, tuple((top.token, top.logprob) for top in position.top))
+        for position in messages
+    )
+
+
+def generate_result(deltas: Sequence[results.GenerateDelta]) -> results.GenerateResult:
     """Puts the deltas of each completion together, in the order of their index."""
     by_index: dict[int, list[results.GenerateDelta]] = {}
     for delta in deltas:
@@ -260,6 +267,24 @@ def generate_result(deltas: Iterable[results.GenerateDelta]) -> results.Generate
         ),
         prompt_tokens=any_delta.prompt_tokens,
         served_by=any_delta.served_by,
+        prompt_logprobs=next((delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs), ()),
+    )
+
+
+def batch_result(message: sampler_pb2.GenerateBatchResponse) -> results.GenerateResult:
+    return results.GenerateResult(
+        completions=tuple(
+            results.Completion(
+                tokens=tuple(completion.tokens),
+                text=completion.text,
+                logprobs=_positions(completion.logprobs),
+                finish_reason=_FINISH_REASONS[completion.finish_reason],
+            )
+            for completion in message.completions
+        ),
+        prompt_tokens=message.prompt_tokens,
+        served_by=adapter_version(message.served_by),
+        prompt_logprobs=_positions(message.prompt_logprobs),
     )
 
 

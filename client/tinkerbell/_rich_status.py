@@ -4,9 +4,11 @@ The messages are rebuilt here, field for field, in a descriptor pool of their ow
 googleapis-common-protos, and does not clash with one that is installed.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, duration_pb2, message_factory
 
 TRAILER = "grpc-status-details-bin"
 """Key of the trailing metadata that carries the status."""
@@ -15,14 +17,15 @@ _DOMAIN = "tinkerbell"
 _Field = descriptor_pb2.FieldDescriptorProto
 
 
-def _build_messages() -> tuple[Any, Any]:
+def _build_messages() -> tuple[Any, Any, Any]:
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(any_pb2.DESCRIPTOR.serialized_pb)
+    pool.AddSerializedFile(duration_pb2.DESCRIPTOR.serialized_pb)
     file = descriptor_pb2.FileDescriptorProto(
-        name="google/rpc/status_and_error_info.proto",
+        name="google/rpc/status_and_details.proto",
         package="google.rpc",
         syntax="proto3",
-        dependency=["google/protobuf/any.proto"],
+        dependency=["google/protobuf/any.proto", "google/protobuf/duration.proto"],
     )
 
     status = file.message_type.add(name="Status")
@@ -51,24 +54,47 @@ def _build_messages() -> tuple[Any, Any]:
         label=_Field.LABEL_REPEATED,
     )
 
+    retry = file.message_type.add(name="RetryInfo")
+    retry.field.add(
+        name="retry_delay",
+        number=1,
+        type=_Field.TYPE_MESSAGE,
+        type_name=".google.protobuf.Duration",
+        label=_Field.LABEL_OPTIONAL,
+    )
+
     pool.Add(file)
     return (
         message_factory.GetMessageClass(pool.FindMessageTypeByName("google.rpc.Status")),
         message_factory.GetMessageClass(pool.FindMessageTypeByName("google.rpc.ErrorInfo")),
+        message_factory.GetMessageClass(pool.FindMessageTypeByName("google.rpc.RetryInfo")),
     )
 
 
-_Status, _ErrorInfo = _build_messages()
+_Status, _ErrorInfo, _RetryInfo = _build_messages()
 
 
-def error_info(serialized_status: bytes) -> tuple[str, dict[str, str]]:
-    """Reason and metadata of Tinkerbell's ErrorInfo; ("", {}) when the status carries none.
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """What a status says beyond code and text; empty where it says nothing.
 
-    DecodeError when the bytes are not a google.rpc.Status.
+    reason, metadata: of Tinkerbell's ErrorInfo. retry_seconds: of a RetryInfo.
     """
+
+    reason: str = ""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    retry_seconds: float | None = None
+
+
+def details(serialized_status: bytes) -> Details:
+    """What the status carries. DecodeError when the bytes are not a google.rpc.Status."""
+    found = Details()
     for detail in _Status.FromString(serialized_status).details:
         if detail.type_url.endswith("/google.rpc.ErrorInfo"):
             info = _ErrorInfo.FromString(detail.value)
             if info.domain == _DOMAIN:
-                return info.reason, dict(info.metadata)
-    return "", {}
+                found = dataclasses.replace(found, reason=info.reason, metadata=dict(info.metadata))
+        elif detail.type_url.endswith("/google.rpc.RetryInfo"):
+            delay = _RetryInfo.FromString(detail.value).retry_delay
+            found = dataclasses.replace(found, retry_seconds=delay.seconds + delay.nanos * 1e-9)
+    return found

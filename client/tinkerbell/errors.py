@@ -22,6 +22,7 @@ A service answers with a canonical gRPC status; each has its exception here, and
 
 `reason` names the cause for programs, in UPPER_SNAKE_CASE, and `metadata` holds the values that the message mentions.
 Both are empty when the status does not come from a Tinkerbell service: a refused connection, an expired deadline.
+`retry_seconds` is set where the same call may succeed after that time, such as SAMPLER_FULL; else it is None.
 
 A call that got no answer (UNAVAILABLE without a reason) has been sent again for as long as `tinkerbell.Retry` allows
 before it raises; an answer with a reason is never asked for twice. These reasons of FAILED_PRECONDITION end a
@@ -61,6 +62,7 @@ class TinkerbellError(Exception):
         code: grpc.StatusCode | None = None,
         reason: str = "",
         metadata: Mapping[str, str] | None = None,
+        retry_seconds: float | None = None,
     ):
         """`message`: a sentence for people. `code`: absent means the class's own."""
         super().__init__(message)
@@ -68,6 +70,7 @@ class TinkerbellError(Exception):
         self.code = code or type(self).code
         self.reason = reason
         self.metadata = dict(metadata or {})
+        self.retry_seconds = retry_seconds
 
     def __str__(self) -> str:
         return f"{self.message} [{self.reason}]" if self.reason else self.message
@@ -162,15 +165,17 @@ _BY_CODE = {error.code: error for error in TinkerbellError.__subclasses__()}
 
 def from_rpc_error(error: grpc.aio.AioRpcError, peer: str = "the service") -> TinkerbellError:
     """The typed exception for a failed call. `peer` names the other side where gRPC's own text does not."""
-    reason, metadata = "", dict[str, str]()
+    details = _rich_status.Details()
     for key, value in error.trailing_metadata() or ():
         if key == _rich_status.TRAILER and isinstance(value, bytes):
             try:
-                reason, metadata = _rich_status.error_info(value)
+                details = _rich_status.details(value)
             except DecodeError:
                 break  # not a google.rpc.Status: the code and the text are still right
     code = error.code()
     message = error.details() or code.name
-    if not reason:
+    if not details.reason:
         message = f"{peer}: {message}"
-    return _BY_CODE.get(code, TinkerbellError)(message, code=code, reason=reason, metadata=metadata)
+    return _BY_CODE.get(code, TinkerbellError)(
+        message, code=code, reason=details.reason, metadata=details.metadata, retry_seconds=details.retry_seconds
+    )

@@ -1,8 +1,9 @@
 """What a caller hands to the services: training data, losses, hyper-parameters, prompts."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -200,13 +201,44 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     """Strings that end a completion; they are left out of its text."""
     logprobs: int | None = None
-    """Alternatives to report beside each sampled token's own logprob, at most 20. None means no logprobs at all."""
+    """Alternatives to report beside each sampled token's own logprob, at most 20. None means no logprobs at all.
+
+    They are the model's own, before anything here changes its distribution: importance ratios need temperature 1 and
+    the other defaults."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end a completion, as its last one."""
+    min_p: float = 0.0
+    """Sample only from tokens that are at least this likely relative to the likeliest one; 0 to 1."""
+    repetition_penalty: float = 1.0
+    """Above 1 against tokens that prompt or completion have; above 0, at most 2."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the completion has; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Likewise, times how often it has them."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Added to these tokens' logits; -100 to 100."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for the tokens of the prompt after the first."""
+    json_schema: str | Mapping[str, Any] | None = None
+    """The text must be JSON of this JSON Schema. One of the four at most."""
+    regex: str | None = None
+    """The text must be matched by this from start to end."""
+    choice: Sequence[str] | None = None
+    """The text must be one of these."""
+    grammar: str | None = None
+    """The text must be of this context-free grammar, in EBNF or GBNF as xgrammar reads it."""
 
     def to_proto(self) -> sampler_pb2.SamplingParams:
-        """The message for Generate."""
-        fields = dataclasses.asdict(self)
+        """The message for Generate. ValueError when more than one structure is asked for."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if sum(fields[name] is not None for name in ("json_schema", "regex", "choice", "grammar")) > 1:
+            raise ValueError("a text can have one of json_schema, regex, choice and grammar")
         if isinstance(self.stop, str):
             fields["stop"] = [self.stop]
+        if isinstance(self.json_schema, Mapping):
+            fields["json_schema"] = json.dumps(self.json_schema)
+        if self.choice is not None:
+            fields["choice"] = sampler_pb2.Choice(options=self.choice)
         return sampler_pb2.SamplingParams(**fields)
 
 

@@ -124,6 +124,10 @@ class SamplerInfo:
     """Requests running or waiting in the engine."""
     target_modules: tuple[str, ...]
     """Linear layers that a pushed adapter can have."""
+    max_sequences: int
+    """Most sequences that may run or wait in the engine: completions, and sequences to score."""
+    active_sequences: int
+    """How many there are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,10 +399,10 @@ class PushResult:
 
 @dataclasses.dataclass(frozen=True)
 class PositionLogprobs:
-    """Logprobs at one sampled position, of the model's own distribution: before temperature, top_p and top_k."""
+    """Logprobs at one position, of the model's own distribution: before temperature, top_p and all else."""
 
     logprob: float
-    """The sampled token's."""
+    """The token's that was sampled, or that the prompt has."""
     top: tuple[tuple[int, float], ...]
     """(token, logprob) of the likeliest tokens, in descending order."""
 
@@ -421,6 +425,8 @@ class GenerateDelta:
     """Tokens in the prompt."""
     served_by: AdapterVersion
     """What produced them."""
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+    """In the first delta, if asked for: one per token of the prompt after the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,6 +453,8 @@ class GenerateResult:
     """Tokens in the prompt."""
     served_by: AdapterVersion
     """The one version that produced all of them."""
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+    """One per token of the prompt after the first, if asked for; else empty."""
 
     @property
     def text(self) -> str:

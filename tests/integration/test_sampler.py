@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -131,13 +133,20 @@ async def pushed(stub, frames: Iterable[sampler_pb2.PushAdapterRequest]):
         yield answer
 
 
-async def active_requests(stub) -> int:
-    return (await stub.GetBackendInfo(sampler_pb2.SamplerServiceGetBackendInfoRequest())).active_requests
+async def active(stub) -> tuple[int, int]:
+    """Requests and sequences."""
+    info = await stub.GetBackendInfo(sampler_pb2.SamplerServiceGetBackendInfoRequest())
+    return info.active_requests, info.active_sequences
+
+
+async def versions(stub, adapter_id: str):
+    response = await stub.ListAdapters(sampler_pb2.ListAdaptersRequest())
+    return next(adapter.versions for adapter in response.adapters if adapter.adapter_id == adapter_id)
 
 
 async def until_idle(stub) -> None:
     for _ in range(200):
-        if not await active_requests(stub):
+        if await active(stub) == (0, 0):
             return
         await asyncio.sleep(0.05)
     pytest.fail("requests still run after 10 s")
@@ -153,7 +162,8 @@ async def test_the_base_model_is_what_was_asked_for(stub, checkpoint):
     assert info.base_model.fingerprint == checkpoint.fingerprint
     assert info.base_model.dtype == common_pb2.DATA_TYPE_FLOAT32
     assert info.base_model.max_sequence_length == 2048
-    assert (info.max_rank, info.max_loras, info.keep_versions, info.active_requests) == (64, 4, 2, 0)
+    assert (info.max_rank, info.max_loras, info.keep_versions, info.max_sequences) == (64, 4, 2, 64)
+    assert (info.active_requests, info.active_sequences) == (0, 0)
     assert "torch" in info.versions
 
 
@@ -356,6 +366,57 @@ async def test_a_stop_string_ends_the_text_before_it(stub):
     assert finish == sampler_pb2.FINISH_REASON_STOP
 
 
+async def test_a_stop_token_is_a_completions_last(stub):
+    ((_, whole, *_),) = await generate(stub, temperature=0, max_tokens=24)
+    ((_, ids, _, _, finish),) = await generate(stub, temperature=0, max_tokens=24, stop_token_ids=[whole[5]])
+    assert ids == whole[: whole.index(whole[5]) + 1]
+    assert finish == sampler_pb2.FINISH_REASON_STOP
+
+
+async def test_parameters_change_what_is_sampled_as_they_say(stub):
+    ((_, greedy, *_),) = await generate(stub, temperature=0, max_tokens=12)
+    ((_, biased, *_),) = await generate(stub, temperature=0, max_tokens=12, logit_bias={greedy[0]: -100.0, 42: 100.0})
+    assert set(biased) == {42}
+    ((_, likeliest, *_),) = await generate(stub, min_p=1.0, max_tokens=12)
+    assert likeliest == greedy
+    ((_, repeating, *_),) = await generate(stub, temperature=0, max_tokens=12, logit_bias={42: 40.0, 43: 39.0})
+    assert set(repeating) == {42}
+    for penalty in ({"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}):
+        ((_, ids, *_),) = await generate(stub, temperature=0, max_tokens=12, logit_bias={42: 40.0, 43: 39.0}, **penalty)
+        assert ids[:2] == [42, 43], penalty
+
+
+async def test_prompt_logprobs_are_the_scores_and_come_once(stub, tokenizer, v1):
+    tokens = tokenizer.encode(STORY)
+    request = sampler_pb2.GenerateRequest(
+        adapter_id="anna",
+        version=1,
+        tokens=Tokens(tokens=tokens),
+        sampling=sampler_pb2.SamplingParams(n=2, max_tokens=3, prompt_logprobs=2),
+    )
+    responses = [response async for response in stub.Generate(request)]
+    positions = responses[0].prompt_logprobs
+    assert not any(response.prompt_logprobs for response in responses[1:])
+    assert all(len(position.top) == 2 for position in positions)
+    _, expected = await scores(stub, tokens, "anna", 1)
+    assert [position.logprob for position in positions] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+async def test_a_structure_is_kept_to(stub):
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    schema |= {"additionalProperties": False}
+    ((_, _, text, _, finish),) = await generate(stub, temperature=0, max_tokens=64, json_schema=json.dumps(schema))
+    assert finish == sampler_pb2.FINISH_REASON_STOP
+    assert isinstance(json.loads(text)["age"], int)
+    choice = sampler_pb2.Choice(options=["umbrella", "zebra crossing"])
+    ((_, _, text, *_),) = await generate(stub, temperature=0, choice=choice)
+    assert text in choice.options
+    ((_, _, text, *_),) = await generate(stub, temperature=0, regex="[A-C]{3}-[0-9]{2}")
+    assert re.fullmatch("[A-C]{3}-[0-9]{2}", text)
+    ((_, _, text, *_),) = await generate(stub, temperature=0, grammar='root ::= "ab" | "cd"')
+    assert text in ("ab", "cd")
+
+
 async def test_a_chat_is_laid_out_by_the_template(stub, tokenizer):
     messages = [{"role": "user", "content": "Say hello."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -374,9 +435,120 @@ async def test_cancelling_stops_the_work(stub, v1):
         sampler_pb2.GenerateRequest(adapter_id="anna", text=STORY, sampling=sampler_pb2.SamplingParams(n=4))
     )
     await call.read()
-    assert await active_requests(stub) == 1
+    assert await active(stub) == (1, 4)
     call.cancel()
     await until_idle(stub)
+
+
+async def test_a_deadline_that_passes_stops_the_work(stub, v1):
+    endless = sampler_pb2.GenerateRequest(
+        adapter_id="anna", text=STORY, sampling=sampler_pb2.SamplingParams(n=2, logit_bias={0: -100.0, 2: -100.0})
+    )
+    for call in (
+        stub.Generate(endless, timeout=2),
+        stub.GenerateBatch(sampler_pb2.GenerateBatchRequest(requests=[endless, endless]), timeout=2),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await until_idle(stub)
+    assert not any(version.active_requests for version in await versions(stub, "anna"))
+
+
+async def batch(stub, *requests: sampler_pb2.GenerateRequest) -> list[sampler_pb2.GenerateBatchResponse]:
+    call = stub.GenerateBatch(sampler_pb2.GenerateBatchRequest(requests=requests))
+    return [response async for response in call]
+
+
+async def test_a_batch_gives_what_single_requests_give(stub, v1, v2):
+    askers = [("", 0, 12), ("anna", 1, 12), ("anna", 0, 3)]
+    params = {"temperature": 0, "logprobs": 1, "n": 2, "prompt_logprobs": 0}
+    results = await batch(
+        stub,
+        *(
+            sampler_pb2.GenerateRequest(
+                adapter_id=adapter_id,
+                version=version,
+                text=STORY,
+                sampling=sampler_pb2.SamplingParams(max_tokens=max_tokens, **params),
+            )
+            for adapter_id, version, max_tokens in askers
+        ),
+    )
+    assert results[0].index == 2, "the shortest one is whole first"
+    for result in results:
+        adapter_id, version, max_tokens = askers[result.index]
+        alone = await generate(stub, adapter_id, version, max_tokens=max_tokens, **params)
+        assert result.prompt_tokens == len(result.prompt_logprobs) + 1
+        for completion, (served_by, ids, text, positions, finish) in zip(result.completions, alone, strict=True):
+            assert result.served_by == served_by
+            assert (list(completion.tokens), completion.text, completion.finish_reason) == (ids, text, finish)
+            assert [position.logprob for position in completion.logprobs] == pytest.approx(
+                [position.logprob for position in positions], abs=1e-3
+            )
+    assert sorted(result.index for result in results) == [0, 1, 2]
+    assert await active(stub) == (0, 0)
+
+
+async def test_one_bad_request_keeps_the_whole_batch_out(stub, v2):
+    fine = sampler_pb2.GenerateRequest(**PROMPT)
+    for bad, reason, field in (
+        (sampled(regex="("), "STRUCTURE_INVALID", "requests[1].sampling.regex"),
+        (PROMPT | {"adapter_id": "anna", "version": 99}, "VERSION_NOT_FOUND", "requests[1]"),
+    ):
+        call = stub.GenerateBatch(sampler_pb2.GenerateBatchRequest(requests=[fine, sampler_pb2.GenerateRequest(**bad)]))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        info, bad_request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        details = rpc_status.from_call(caught.value).details
+        assert details[0].Unpack(info)
+        assert details[1].Unpack(bad_request)
+        assert (info.reason, bad_request.field_violations[0].field) == (reason, field)
+    assert await active(stub) == (0, 0)
+
+
+async def test_cancelling_a_batch_stops_all_of_it(stub, v1):
+    request = sampler_pb2.GenerateRequest(adapter_id="anna", text=STORY, sampling=sampler_pb2.SamplingParams(n=3))
+    quick = sampler_pb2.GenerateRequest(text=STORY, sampling=sampler_pb2.SamplingParams(max_tokens=1))
+    call = stub.GenerateBatch(sampler_pb2.GenerateBatchRequest(requests=[request, request, quick]))
+    assert (await call.read()).index == 2
+    assert await active(stub) == (3, 7)
+    call.cancel()
+    await until_idle(stub)
+
+
+async def test_a_full_sampler_turns_away_and_says_when_to_come_back(stub):
+    request = sampler_pb2.GenerateRequest(text=STORY, sampling=sampler_pb2.SamplingParams(n=40))
+    call = stub.Generate(request)
+    await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(request).read()
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    details = rpc_status.from_call(caught.value).details
+    assert details[0].Unpack(info)
+    assert details[1].Unpack(retry)
+    assert (caught.value.code(), info.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "SAMPLER_FULL")
+    assert dict(info.metadata) == {"sequences": "40", "active_sequences": "40", "max_sequences": "64"}
+    assert retry.retry_delay.seconds == 1
+    await generate(stub, max_tokens=1)
+    call.cancel()
+    await until_idle(stub)
+    await generate(stub, n=40, max_tokens=1)
+
+
+async def test_logprobs_are_the_models_own_whatever_changes_its_choice(stub, tokenizer):
+    prompt = tokenizer.encode(STORY)
+    changes = {"logit_bias": {42: 9.0}, "presence_penalty": 1.5, "repetition_penalty": 1.7, "min_p": 0.1, "top_p": 0.9}
+    ((_, ids, _, positions, _),) = await generate(stub, seed=5, max_tokens=8, logprobs=0, **changes)
+    _, whole = await scores(stub, [*prompt, *ids])
+    assert [position.logprob for position in positions] == pytest.approx(whole[len(prompt) - 1 :].tolist(), abs=1e-3)
+    # What a structure forbids is the one thing that is taken out before: one token is left here.
+    ((_, ids, text, positions, _),) = await generate(stub, logprobs=0, regex="Q")
+    _, whole = await scores(stub, [*prompt, *ids])
+    assert text == "Q"
+    assert positions[0].logprob == pytest.approx(0, abs=1e-5)
+    assert whole[len(prompt) - 1] < -5
 
 
 GENERATE, SCORE, UNLOAD = "Generate", "ComputeLogprobs", "UnloadAdapter"
@@ -415,6 +587,29 @@ def chat(role: str):
         (GENERATE, sampled(top_p=1.1), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
         (GENERATE, sampled(logprobs=21), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
         (GENERATE, sampled(stop=[""]), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(stop_token_ids=[49152]), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(min_p=1.5), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(repetition_penalty=0), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(presence_penalty=float("nan")), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(frequency_penalty=-3), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(logit_bias={-1: 1.0}), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(logit_bias={1: float("inf")}), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(prompt_logprobs=21), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(choice=sampler_pb2.Choice()), "INVALID_ARGUMENT", "SAMPLING_INVALID"),
+        (GENERATE, sampled(json_schema="{"), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(json_schema='{"type": "wizard"}'), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(json_schema="[]"), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(json_schema='{"a":' * 33 + "{}" + "}" * 33), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(json_schema="[" * 100_000), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (
+            GENERATE,
+            sampled(json_schema='{"type": "integer", "multipleOf": 3}'),
+            "INVALID_ARGUMENT",
+            "STRUCTURE_INVALID",
+        ),
+        (GENERATE, sampled(regex="a" * 65_537), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(regex="("), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
+        (GENERATE, sampled(grammar="root ::="), "INVALID_ARGUMENT", "STRUCTURE_INVALID"),
         (SCORE, {}, "INVALID_ARGUMENT", "PROMPT_EMPTY"),
         (SCORE, {"sequences": [Tokens(tokens=[1])]}, "INVALID_ARGUMENT", "SEQUENCE_TOO_SHORT"),
         (

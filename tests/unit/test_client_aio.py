@@ -50,6 +50,7 @@ async def test_sampler_over_asyncio(fakes):
         results = await asyncio.gather(*(sampler.generate(f"a {number}") for number in range(10)))
         assert [result.text for result in results] == [f"a {number} " for number in range(10)]
         assert [delta.text async for delta in sampler.stream([3, 4])] == ["3 ", "4 "]
+        assert [result.text for result in await sampler.generate_batch(["a", "b"])] == ["a!", "b!"]
         assert (await sampler.compute_logprobs([[1, 2]])).logprobs[0].shape == (1,)
         pushed = await sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=16)
         assert not pushed.already_live

@@ -33,6 +33,24 @@ def test_generate_puts_the_completions_together(fakes, sampler):
 
 
 @pytest.mark.parametrize(
+    ("structure", "kind", "value"),
+    [
+        ({"json_schema": {"type": "object"}}, "json_schema", '{"type": "object"}'),
+        ({"json_schema": "{}"}, "json_schema", "{}"),
+        ({"regex": "a*"}, "regex", "a*"),
+        ({"choice": ["a", "b"]}, "choice", sampler_pb2.Choice(options=["a", "b"])),
+        ({"grammar": "root ::= a"}, "grammar", "root ::= a"),
+    ],
+)
+def test_structures_of_every_kind(fakes, sampler, structure, kind, value):
+    sampler.generate("a", **structure, logit_bias={7: -1.5}, stop_token_ids=[3]).result()
+    sampling = fakes.sampler.generate_requests[0].sampling
+    assert sampling.WhichOneof("structure") == kind
+    assert getattr(sampling, kind) == value
+    assert (dict(sampling.logit_bias), list(sampling.stop_token_ids)) == ({7: -1.5}, [3])
+
+
+@pytest.mark.parametrize(
     ("prompt", "kind"),
     [
         ("text", "text"),
@@ -49,6 +67,8 @@ def test_prompts_of_every_kind(fakes, sampler, prompt, kind):
 def test_bad_arguments_are_refused_before_anything_is_sent(fakes, sampler):
     with pytest.raises(TypeError):
         sampler.generate("hi", heat=2)
+    with pytest.raises(ValueError, match="one of json_schema, regex, choice and grammar"):
+        sampler.generate("hi", regex="a", choice=["b"])
     with pytest.raises(ValueError, match="token ids are integers"):
         sampler.generate([0.5])
     with pytest.raises(ValueError, match="sequence 1"):
@@ -59,6 +79,32 @@ def test_bad_arguments_are_refused_before_anything_is_sent(fakes, sampler):
 def test_many_prompts_at_once(sampler):
     futures = [sampler.generate(f"prompt {number}") for number in range(30)]
     assert [future.result().text for future in futures] == [f"prompt {number} " for number in range(30)]
+
+
+def test_a_batch_is_in_the_order_of_its_prompts(fakes, sampler):
+    results = sampler.generate_batch(["a", "b", "c"], SamplingParams(n=2), adapter_id="alice", temperature=0).result()
+    assert [result.text for result in results] == ["a!", "b!", "c!"]
+    assert [result.completions[1].tokens for result in results] == [(0, 7), (1, 7), (2, 7)]
+    assert [position.logprob for position in results[0].completions[0].logprobs] == [-0.5] * 2
+    assert (results[0].completions[0].finish_reason, results[0].prompt_tokens) == ("length", 5)
+    assert (results[0].served_by.version, results[0].prompt_logprobs[0].logprob) == (3, -1)
+    assert {(each.adapter_id, each.sampling.temperature) for each in fakes.sampler.generate_requests} == {("alice", 0)}
+
+
+def test_a_batch_that_ends_early_is_an_error(fakes, sampler):
+    fakes.sampler.cut_batch = True
+    with pytest.raises(tinkerbell.InternalError, match="1 of 2 results"):
+        sampler.generate_batch(["a", "b"]).result()
+
+
+def test_a_full_sampler_says_when_to_come_back(sampler):
+    with pytest.raises(tinkerbell.ResourceExhaustedError) as caught:
+        sampler.generate_batch(["a"] * 9).result()
+    assert (caught.value.reason, caught.value.retry_seconds) == ("SAMPLER_FULL", 1.25)
+    assert caught.value.metadata == {"max_sequences": "8"}
+    with pytest.raises(tinkerbell.FailedPreconditionError) as caught:
+        sampler.push_adapter("alice", 2, WEIGHTS, rank=8, alpha=16, base_model_fingerprint="0" * 64)
+    assert caught.value.retry_seconds is None
 
 
 def test_leaving_a_stream_cancels_the_work(fakes, sampler):

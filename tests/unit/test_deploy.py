@@ -100,7 +100,18 @@ def test_network_services_lead_to_the_listening_port(name, documents, workload, 
     ]
     assert len(selected) == {"trainer": 1, "sampler": 2}[name]
     for spec in selected:
-        assert [(entry["port"], entry["targetPort"]) for entry in spec["ports"]] == [(port, "grpc")]
+        assert (spec["ports"][0]["port"], spec["ports"][0]["targetPort"]) == (port, "grpc")
+
+
+def test_clients_may_reach_the_sampler_over_http(documents):
+    (container,) = documents["StatefulSet", "tinkerbell-sampler"]["spec"]["template"]["spec"]["containers"]
+    host, _, port = flag(container, "--http").rpartition(":")
+    assert host == "0.0.0.0"
+    assert {"name": "http", "containerPort": int(port)} in container["ports"]
+    _, http = documents["Service", "tinkerbell-sampling"]["spec"]["ports"]
+    assert (http["port"], http["targetPort"]) == (int(port), "http")
+    (rule,) = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
+    assert {"port": "http", "protocol": "TCP"} in rule["ports"]
 
 
 def test_trainer_pushes_to_every_replica_of_the_sampler(documents):

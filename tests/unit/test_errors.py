@@ -49,3 +49,12 @@ def test_a_field_to_blame_becomes_a_bad_request() -> None:
     bad_request = error_details_pb2.BadRequest()
     assert status.details[1].Unpack(bad_request)
     assert bad_request.field_violations[0].field == "lora.rank"
+
+
+def test_a_delay_becomes_a_retry_info() -> None:
+    status = status_of(errors.resource_exhausted("REASON", "come back", retry_seconds=1.5).within("requests[2]"))
+    bad_request, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    assert status.details[1].Unpack(bad_request)
+    assert status.details[2].Unpack(retry)
+    assert (status.message, bad_request.field_violations[0].field) == ("requests[2]: come back", "requests[2]")
+    assert retry.retry_delay.ToTimedelta().total_seconds() == 1.5

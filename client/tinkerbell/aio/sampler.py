@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from tinkerbell import _decode, adapter, results
 from tinkerbell._connection import Connection
+from tinkerbell.errors import InternalError
 from tinkerbell.inputs import Prompt, SamplingParams, set_prompt, token_array
 from tinkerbell.lora import LoraConfig
 from tinkerbell.push import push
@@ -48,6 +49,20 @@ class AsyncSamplerClient:
         """See `SamplerClient.generate`."""
         return self._connection.start(
             self._generate(generate_request(prompt, sampling, adapter_id, version, overrides))
+        )
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        adapter_id: str = "",
+        version: int = 0,
+        **overrides: Any,
+    ) -> asyncio.Future[list[results.GenerateResult]]:
+        """See `SamplerClient.generate_batch`."""
+        return self._connection.start(
+            self._generate_batch([generate_request(each, sampling, adapter_id, version, overrides) for each in prompts])
         )
 
     def stream(
@@ -120,6 +135,16 @@ class AsyncSamplerClient:
 
     async def _generate(self, request: sampler_pb2.GenerateRequest) -> results.GenerateResult:
         return _decode.generate_result([delta async for delta in self._deltas(request)])
+
+    async def _generate_batch(self, requests: Sequence[sampler_pb2.GenerateRequest]) -> list[results.GenerateResult]:
+        whole: dict[int, results.GenerateResult] = {}
+        request = sampler_pb2.GenerateBatchRequest(requests=requests)
+        async with contextlib.aclosing(self._connection.stream(self._stub.GenerateBatch, request)) as messages:
+            async for message in messages:
+                whole[message.index] = _decode.batch_result(message)
+        if len(whole) != len(requests):
+            raise InternalError(f"the sampler ended the call with {len(whole)} of {len(requests)} results")
+        return [whole[index] for index in range(len(requests))]
 
     async def _deltas(self, request: sampler_pb2.GenerateRequest) -> AsyncGenerator[results.GenerateDelta, None]:
         async with contextlib.aclosing(self._connection.stream(self._stub.Generate, request)) as messages:

@@ -66,6 +66,23 @@ class SamplerClient:
             self._client._generate(generate_request(prompt, sampling, adapter_id, version, overrides))
         )
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        adapter_id: str = "",
+        version: int = 0,
+        **overrides: Any,
+    ) -> Future[list[results.GenerateResult]]:
+        """As `generate`, for at least one prompt in one call: the results are in the prompts' order.
+
+        All prompts are admitted at one moment, hence on one version, or none is: ResourceExhaustedError, with
+        `retry_seconds`, when the sampler has no room for all their completions.
+        """
+        requests = [generate_request(each, sampling, adapter_id, version, overrides) for each in prompts]
+        return self._loop.submit(self._client._generate_batch(requests))
+
     def stream(
         self,
         prompt: Prompt,

@@ -78,6 +78,11 @@ class SamplerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.unary_stream(
+                '/tinkerbell.v1.SamplerService/GenerateBatch',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
         self.ComputeLogprobs = channel.unary_unary(
                 '/tinkerbell.v1.SamplerService/ComputeLogprobs',
                 request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ComputeLogprobsRequest.SerializeToString,
@@ -159,6 +164,15 @@ class SamplerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateBatch(self, request, context):
+        """Generates completions of many prompts and streams each prompt's result as soon as it is whole. All requests are
+        admitted at one moment, which chooses their versions, or none is. What fails one of them ends the call, and
+        cancelling the call stops the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ComputeLogprobs(self, request, context):
         """Scores given tokens.
         """
@@ -215,6 +229,11 @@ def add_SamplerServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.GenerateBatchResponse.SerializeToString,
             ),
             'ComputeLogprobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ComputeLogprobs,
@@ -447,6 +466,33 @@ class SamplerService:
             '/tinkerbell.v1.SamplerService/Generate',
             tinkerbell_dot_v1_dot_sampler__pb2.GenerateRequest.SerializeToString,
             tinkerbell_dot_v1_dot_sampler__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tinkerbell.v1.SamplerService/GenerateBatch',
+            tinkerbell_dot_v1_dot_sampler__pb2.GenerateBatchRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.GenerateBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
