@@ -44,6 +44,7 @@ def run(
     await_trainer: Annotated[
         bool, typer.Option(help="Report ready only when the trainer has brought every adapter up to date.")
     ] = False,
+    metrics: Annotated[str | None, typer.Option(help="HOST:PORT on which to serve Prometheus metrics.")] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long running calls may go on after SIGTERM.")] = 30.0,
 ) -> None:
     """Serves a base model and the LoRA adapters that are pushed to it."""
@@ -62,7 +63,7 @@ def run(
         kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
         await_trainer=await_trainer,
     )
-    sys.exit(asyncio.run(serve(config, listen, http, drain_seconds)))
+    sys.exit(asyncio.run(serve(config, listen, http, metrics, drain_seconds)))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from sampler_service.config import SamplerConfig
 from sampler_service.requests import Delta, Finish, Position, Sampling, Structure, structure_invalid
@@ -105,8 +106,10 @@ class Engine:
                 worker_extension_cls="sampler_service.worker_extension.LoraWorkerExtension",
                 disable_log_stats=True,
                 **arguments,
-            )
+            ),
+            stat_loggers=[PrometheusStatLogger],
         )
+        self._installs = 0
         self._request_ids = itertools.count()
         self._drops: set[asyncio.Task[None]] = set()
         model = self.llm.model_config
@@ -231,6 +234,7 @@ class Engine:
                     )
                 if count != len(layout):
                     raise RuntimeError(f"rank {rank} has stored {count} of {len(layout)} tensors of {version.uri}")
+            self._installs += 1
             await self.llm.add_lora(lora_request(version))
         except BaseException:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
@@ -246,6 +250,10 @@ class Engine:
         task = asyncio.create_task(self._drop(version))
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
+
+    async def reloads(self) -> int:
+        """How often vLLM has loaded a version again that it had evicted; of the rank where that was most often."""
+        return max(await self._on_all_ranks("tinkerbell_loads")) - self._installs
 
     def shutdown(self) -> None:
         """Ends vLLM's processes. Takes seconds and blocks."""

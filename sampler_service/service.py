@@ -5,6 +5,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import prometheus_client
 import structlog
 
 from sampler_service.config import SamplerConfig
@@ -24,10 +25,11 @@ log = structlog.get_logger(__name__)
 SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name
 
 
-async def serve(config: SamplerConfig, listen: str, http: str | None, drain_seconds: float) -> int:
-    """Serves on `listen`, and OpenAI's API on `http`, until a signal comes or vLLM dies, and leaves no process behind.
+async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: str | None, drain_seconds: float) -> int:
+    """Serves until a signal comes or vLLM dies, and leaves no process behind.
 
-    Both are HOST:PORT; HTTP connections are refused until the service is ready. OSError when that address is taken.
+    listen, http, metrics: HOST:PORT of the service, OpenAI's API and Prometheus metrics. HTTP connections are refused
+    until the service is ready. OSError when one of the latter two addresses is taken.
     Returns the exit status: 0 after a signal, 1 when the model cannot be loaded or vLLM has died.
     """
     servicer = SamplerServicer()
@@ -35,6 +37,9 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, drain_seco
         listen, SERVICE_NAME, lambda inner: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, inner)
     )
     listener = _bound(http) if http else None
+    if metrics:
+        host, _, port = metrics.rpartition(":")
+        prometheus_client.start_http_server(int(port), host)
     signalled = asyncio.create_task(rpc.until_signal())
     await server.start()
     loading = asyncio.create_task(_load(config, listener))
@@ -50,20 +55,22 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, drain_seco
         await server.drain(0)
         return 1
     servicer.attach(sampler)
-    for each in http_servers:
-        await each.start()
+    counting = asyncio.create_task(_count(sampler, engine))
     died = asyncio.create_task(_until_dead(engine))
     if config.await_trainer:
         log.info("awaiting_trainer")
         current = asyncio.create_task(sampler.current.wait())
         await asyncio.wait((signalled, died, current), return_when=asyncio.FIRST_COMPLETED)
     if not (signalled.done() or died.done()):
+        for each in http_servers:
+            await each.start()
         await server.set_ready()
         await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
         log.error("engine_died")
     grace_seconds = 0 if died.done() else drain_seconds
     await asyncio.gather(server.drain(grace_seconds), *(each.drain(grace_seconds) for each in http_servers))
+    counting.cancel()
     engine.shutdown()
     return 1 if died.done() else 0
 
@@ -79,6 +86,12 @@ async def _load(
         engine.shutdown()
         raise
     return sampler, engine, http_servers
+
+
+async def _count(sampler: Sampler, engine: "Engine") -> None:
+    from sampler_service.metrics import Metrics  # noqa: PLC0415  as in `_start`
+
+    await Metrics(sampler, engine).count()
 
 
 def _bound(address: str) -> socket.socket:

@@ -33,10 +33,13 @@ class _StoredPEFTHelper(PEFTHelper):
 
 
 class _StoredLoRAModel(LoRAModel):
+    loads = 0  # for the first time or again
+
     @classmethod
     def from_local_checkpoint(cls, lora_dir, expected_lora_modules, **kwargs):
         if not lora_dir.startswith(URI_PREFIX):
             return super().from_local_checkpoint(lora_dir, expected_lora_modules, **kwargs)
+        _StoredLoRAModel.loads += 1
         accepted = inspect.signature(LoRAModel.from_lora_tensors).parameters
         return cls.from_lora_tensors(
             tensors=_store[lora_dir][1], **{name: value for name, value in kwargs.items() if name in accepted}
@@ -88,6 +91,10 @@ class LoraWorkerExtension:
         # alpha = rank is a scale of 1: nothing left for vLLM to multiply.
         _store[uri] = ({"r": rank, "lora_alpha": rank, "target_modules": modules}, tensors)
         return len(tensors), ""
+
+    def tinkerbell_loads(self) -> int:
+        """How often vLLM has loaded an adapter from the store of this worker."""
+        return _StoredLoRAModel.loads
 
     def tinkerbell_drop(self, uri: str, lora_id: int) -> None:
         """Forgets an adapter, if it is there. No request may run on it or wait for it."""

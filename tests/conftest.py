@@ -31,10 +31,21 @@ def http_address() -> str:
 
 
 @pytest.fixture(scope="session")
-def sampler_process(smollm2: Path, http_address: str) -> Iterator[ServiceProcess]:
+def sampler_metrics_address() -> str:
+    """Where `sampler_process` serves its metrics."""
+    return free_address()
+
+
+@pytest.fixture(scope="session")
+def sampler_process(smollm2: Path, http_address: str, sampler_metrics_address: str) -> Iterator[ServiceProcess]:
     """SmolLM2 in float32."""
     sampler = start_sampler(
-        smollm2, "--dtype=float32", "--max-model-len=2048", "--max-sequences=64", f"--http={http_address}"
+        smollm2,
+        "--dtype=float32",
+        "--max-model-len=2048",
+        "--max-sequences=64",
+        f"--http={http_address}",
+        f"--metrics={sampler_metrics_address}",
     )
     try:
         yield wait_ready(sampler)

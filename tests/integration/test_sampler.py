@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterable
 from itertools import islice
 
@@ -19,6 +20,7 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from processes import start_sampler, wait_ready
+from prometheus_client.parser import text_string_to_metric_families
 from random_adapters import Adapter, logprobs, peft_model, push_frames, random_adapter
 
 from service_common.checkpoint import Checkpoint
@@ -150,6 +152,13 @@ async def until_idle(stub) -> None:
             return
         await asyncio.sleep(0.05)
     pytest.fail("requests still run after 10 s")
+
+
+def metric(address: str, name: str) -> float:
+    """What Prometheus would see; all engines together."""
+    with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 async def live(stub) -> dict[str, list[int]]:
@@ -751,9 +760,10 @@ async def test_a_second_push_of_an_adapter_is_turned_away(stub, checkpoint):
     first.cancel()
 
 
-async def test_more_adapters_than_slots_all_keep_their_numbers(stub, tokenizer, checkpoint):
+async def test_more_adapters_than_slots_all_keep_their_numbers(stub, sampler_metrics_address, tokenizer, checkpoint):
     """Beyond max_loras, 4 here, vLLM evicts adapters and loads them again, from the workers' stores."""
-    prompt = tokenizer.encode(STORY)
+    prompt, reloads = tokenizer.encode(STORY), "tinkerbell_sampler_adapter_reloads_total"
+    reloaded = metric(sampler_metrics_address, reloads)
     names = [f"slot{index}" for index in range(64)]
     before = {}
     for index, name in enumerate(names):
@@ -764,6 +774,28 @@ async def test_more_adapters_than_slots_all_keep_their_numbers(stub, tokenizer, 
         np.testing.assert_allclose(again, before[name], atol=1e-3)
         await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id=name))
     assert len({tuple(numbers) for numbers in before.values()}) == 64
+    await asyncio.sleep(3)  # counted every 2 s
+    assert metric(sampler_metrics_address, reloads) - reloaded >= 60
+
+
+async def test_the_prefix_cache_serves_one_version_and_never_another(stub, sampler_metrics_address, checkpoint):
+    """A prompt is computed anew for each version, and not again for the same one."""
+    text = " ".join(f"The {number}th house is painted in a colour of its own." for number in range(12))
+    adapter = random_adapter(checkpoint, seed=71, rank=2)
+
+    async def hits(version: int) -> float:
+        before = metric(sampler_metrics_address, "vllm:prefix_cache_hits_total")
+        await generate(stub, "ida", version, text=text, temperature=0, max_tokens=1)
+        return metric(sampler_metrics_address, "vllm:prefix_cache_hits_total") - before
+
+    await push(stub, adapter, "ida", 1)
+    assert await hits(1) == 0
+    assert await hits(1) > 0
+    await push(stub, random_adapter(checkpoint, seed=72, rank=2), "ida", 2)
+    assert await hits(2) == 0
+    assert await hits(1) > 0  # the new version has flushed nothing
+    assert await hits(2) > 0
+    await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="ida"))
 
 
 async def test_reflection_lists_the_service(sampler_process):

@@ -133,8 +133,9 @@ def test_checkpoints_outlive_the_pod(documents):
     assert ("PersistentVolumeClaim", claim) in documents
 
 
-def test_prometheus_finds_the_metrics_and_may_reach_them(documents):
-    template = documents["Deployment", "tinkerbell-trainer"]["spec"]["template"]
+@pytest.mark.parametrize("workload", [("Deployment", "tinkerbell-trainer"), ("StatefulSet", "tinkerbell-sampler")])
+def test_prometheus_finds_the_metrics_and_may_reach_them(documents, workload):
+    template = documents[workload]["spec"]["template"]
     (container,) = template["spec"]["containers"]
     host, _, port = flag(container, "--metrics").rpartition(":")
     assert host == "0.0.0.0"
