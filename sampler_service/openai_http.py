@@ -43,7 +43,7 @@ from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from sampler_service.engine import Engine, lora_request
-from sampler_service.requests import MAX_SCHEMA_LEVELS, levels
+from sampler_service.requests import MAX_SCHEMA_LEVELS, MAX_STRUCTURE_CHARACTERS, levels
 from sampler_service.sampler import Sampler
 from sampler_service.versions import Version
 from service_common import errors
@@ -261,6 +261,7 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
+    """The body. INVALID_ARGUMENT also when a structure in it is larger than one may be over gRPC."""
     try:
         body = json.loads(content)
         if not isinstance(body, dict):
@@ -274,6 +275,14 @@ def _parsed(content: bytes) -> dict[str, Any]:
         raise errors.invalid_argument(
             "BODY_INVALID", f"the body's objects are nested {depth} levels deep, and can be {_MAX_BODY_LEVELS}"
         )
+    for field in ("response_format", "structured_outputs"):
+        characters = len(json.dumps(body.get(field)))
+        if characters > MAX_STRUCTURE_CHARACTERS:
+            raise errors.invalid_argument(
+                "BODY_INVALID",
+                f"{field} has {characters} characters, and can have {MAX_STRUCTURE_CHARACTERS}",
+                field=field,
+            )
     return body
 
 

@@ -172,6 +172,7 @@ DEEP = json.loads('{"a":' * 60 + "{}" + "}" * 60)
                 {"stop_token_ids": "a"},
                 {"structured_outputs": {"regex": "("}},
                 {"structured_outputs": {"grammar": "root ::="}},
+                {"structured_outputs": {"regex": "a" * 65_537}},
                 {"structured_outputs": {"json": {"type": "wizard"}}},
                 {"structured_outputs": {"json": DEEP}},
                 {"structured_outputs": {"json": json.dumps(DEEP)}},
