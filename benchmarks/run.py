@@ -16,9 +16,9 @@ from benchmarks import harness, report
 
 # As the trainer's command line has it; it must be set before PyTorch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-from benchmarks import train
+from benchmarks import sample, train
 
-ROWS = train.ROWS
+ROWS = train.ROWS | sample.ROWS
 
 
 def main() -> None:

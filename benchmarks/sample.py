@@ -1,0 +1,275 @@
+"""The sampler and the way to it: against vLLM without us, and against adapters that go over the disk.
+
+The sampler runs in this process, so that vLLM itself can be called beside it, the same engine for both sides. The
+trainer is a process of its own.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import itertools
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import transformers
+
+from benchmarks import harness
+from benchmarks.harness import Row, Times
+from sampler_service import environment
+from sampler_service.config import SamplerConfig
+from service_common import checkpoint, rpc
+from service_common.lora import TARGET_MODULES
+from tinkerbell import AsyncSamplerClient, AsyncTrainerClient, AsyncTrainingRun, Datum
+from tinkerbell.local import free_address
+from tinkerbell.v1 import sampler_pb2_grpc
+
+RANK, ALPHA = 16, 32
+PROMPT = [504, 1296, 3707, 282, 39361, 1643, 338]  # The three laws of thermodynamics say that
+STREAMS = 8
+
+
+class World:
+    """A sampler in this process, a trainer that publishes to it, and an adapter that is trained."""
+
+    def __init__(self, folder: Path):
+        environment.prepare()
+        from sampler_service.engine import Engine  # noqa: PLC0415  (vLLM reads its environment when it is imported)
+        from sampler_service.sampler import Sampler  # noqa: PLC0415
+        from sampler_service.server import SamplerServicer  # noqa: PLC0415
+        from sampler_service.tokenizer import Tokenizer  # noqa: PLC0415
+
+        self.folder = folder
+        self.address, trainer_address = free_address(), free_address()
+        self._loop = asyncio.Runner()
+        trainer = [sys.executable, "-W", "ignore", "-m", "trainer_service", f"--model={folder}", "--device=cpu"]
+        self._trainer = subprocess.Popen([*trainer, f"--listen={trainer_address}", f"--sampler={self.address}"])
+        config = SamplerConfig(
+            model=str(folder),
+            dtype="float32",
+            max_rank=64,
+            max_loras=4,
+            keep_versions=2,
+            max_sequences=256,
+            max_model_len=512,
+            kv_cache_bytes=1 << 30,
+            await_trainer=False,
+        )
+        base = checkpoint.resolve(str(folder))
+        tokenizer = Tokenizer(folder)
+
+        async def start() -> None:
+            self.engine = Engine(config, base, tokenizer.present)
+            servicer = SamplerServicer()
+            servicer.attach(Sampler(config, base, self.engine, tokenizer))
+            self._server = rpc.Server(
+                self.address,
+                "tinkerbell.v1.SamplerService",
+                lambda server: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, server),
+            )
+            await self._server.start()
+            self.sampler, self.trainer = AsyncSamplerClient(self.address), AsyncTrainerClient(trainer_address)
+            self.run = await self._adapter()
+
+        self._loop.run(start())
+        self.tokens = [token % base.vocab_size for token in PROMPT]
+
+    def do(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Calls it on the sampler's event loop, which rests otherwise, and waits for the end."""
+
+        async def call() -> Any:
+            return await work()
+
+        return self._loop.run(call())
+
+    async def train(self) -> None:
+        """One step on 2 sequences of 64 tokens."""
+        rng = np.random.default_rng()
+        data = [Datum(*rng.integers(0, 1000, (2, 64)).astype(np.int32)) for _ in range(2)]
+        self.run.forward_backward(data)
+        await self.run.optim_step(learning_rate=1e-3)
+
+    async def _adapter(self) -> AsyncTrainingRun:
+        while True:
+            with contextlib.suppress(Exception):  # until the trainer has loaded
+                return await self.trainer.create_lora_adapter("bench", rank=RANK, alpha=ALPHA)
+            await asyncio.sleep(1)
+
+    def close(self) -> None:
+        """Ends everything."""
+        self._trainer.terminate()
+        self.engine.shutdown()
+        self._trainer.wait()
+
+
+@functools.cache
+def _world(quick: bool) -> World:
+    """One for all rows, until the process ends."""
+    name, *arguments = ("tiny-llama", "tiny", "llama") if quick else ("SmolLM2-135M-Instruct", "smollm2")
+    world = World(harness.model_folder(name, *arguments))
+    atexit.register(world.close)
+    return world
+
+
+class _Disk:
+    """The way over the disk, as others go it: PEFT saves, vLLM loads from the folder."""
+
+    def __init__(self, world: World):
+        self._world = world
+        base = transformers.AutoModelForCausalLM.from_pretrained(world.folder)
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGET_MODULES))
+        self._model = peft.get_peft_model(base, config)
+        self._numbers = itertools.count(1)
+
+    @contextlib.asynccontextmanager
+    async def published(self) -> AsyncIterator[Any]:
+        """A LoRARequest for weights that were saved and loaded; gone after the `with` block."""
+        from vllm.lora.request import LoRARequest  # noqa: PLC0415
+
+        number = next(self._numbers)
+        folder = Path(tempfile.mkdtemp(prefix="tinkerbell-bench-"))
+        try:
+            self._model.save_pretrained(str(folder))
+            lora = LoRARequest(f"disk-{number}", number, str(folder))
+            await self._world.engine.llm.add_lora(lora)
+            yield lora
+        finally:
+            shutil.rmtree(folder)
+            await self._world.engine.llm.remove_lora(number)
+
+
+async def _bare(world: World, lora: Any, max_tokens: int) -> None:
+    """Tokens from vLLM itself."""
+    from vllm import SamplingParams  # noqa: PLC0415
+    from vllm.inputs.engine import tokens_input  # noqa: PLC0415
+    from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+
+    parameters = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    request_id = f"bare-{next(_request_ids)}"
+    async for _ in world.engine.llm.generate(
+        tokens_input(world.tokens), parameters, request_id=request_id, lora_request=lora
+    ):
+        pass
+
+
+_request_ids = itertools.count()
+
+
+def push_grpc_vs_disk(quick: bool) -> Row:
+    """From trained weights to the first token of them."""
+    world = _world(quick)
+    disk = _Disk(world)
+
+    async def ours() -> None:
+        await world.run.sync_adapter_to_vllm()
+        await world.sampler.generate(world.tokens, adapter_id="bench", max_tokens=1, temperature=0)
+
+    async def baseline() -> None:
+        async with disk.published() as lora:
+            await _bare(world, lora, 1)
+
+    times = harness.compare(
+        lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick), lambda: world.do(world.train)
+    )
+    return times.row(
+        "push.grpc_vs_disk", f"rank {RANK}, all linear layers; PEFT's save_pretrained, then vLLM's loading"
+    )
+
+
+def loop_memory_vs_disk(quick: bool) -> Row:
+    """A training step, its weights to the sampler, 16 tokens from them."""
+    world = _world(quick)
+    disk = _Disk(world)
+
+    async def ours() -> None:
+        await world.train()
+        await world.run.sync_adapter_to_vllm()
+        await world.sampler.generate(world.tokens, adapter_id="bench", max_tokens=16, temperature=0)
+
+    async def baseline() -> None:
+        await world.train()
+        async with disk.published() as lora:
+            await _bare(world, lora, 16)
+
+    times = harness.compare(lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick))
+    return times.row("loop.memory_vs_disk", "a step on 2 x 64 tokens, publish, 16 tokens")
+
+
+def sample_vs_vllm(quick: bool) -> Row:
+    """Eight completions at once, over gRPC and from the engine itself."""
+    world = _world(quick)
+
+    async def ours() -> None:
+        results = await asyncio.gather(
+            *(world.sampler.generate(world.tokens, max_tokens=32, temperature=0) for _ in range(STREAMS))
+        )
+        assert all(result.completions[0].finish_reason for result in results)
+
+    async def baseline() -> None:
+        await asyncio.gather(*(_bare(world, None, 32) for _ in range(STREAMS)))
+
+    times = harness.compare(lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick))
+    return times.row("sample.vs_vllm", f"{STREAMS} completions of 32 tokens at once, client and server in one process")
+
+
+def decode_during_push(quick: bool) -> Row:
+    """The 99th percentile of the time between two tokens of a stream, while versions are pushed and while not."""
+    world = _world(quick)
+    world.do(world.run.sync_adapter_to_vllm)
+    weights = world.do(lambda: world.trainer.export_adapter_weights("bench", as_dict=True))
+    versions = itertools.count(1)
+
+    async def stream(gaps: list[float]) -> None:
+        last = None
+        async for _ in world.sampler.stream(world.tokens, adapter_id="bench", max_tokens=128, temperature=0):
+            now = time.perf_counter()
+            if last is not None:
+                gaps.append(now - last)
+            last = now
+
+    async def pushing() -> None:
+        rng = np.random.default_rng()
+        while True:
+            changed = {
+                name: array + rng.normal(0, 1e-3, array.shape).astype(np.float32) for name, array in weights.items()
+            }
+            await world.sampler.push_adapter("pushed", next(versions), changed, rank=RANK, alpha=ALPHA)
+            await asyncio.sleep(0.5)
+
+    async def measured(pushes: bool) -> float:
+        gaps: list[float] = []
+        task = asyncio.create_task(pushing()) if pushes else None
+        await asyncio.gather(*(stream(gaps) for _ in range(4)))
+        if task:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return statistics.quantiles(gaps, n=100)[-1]
+
+    times = Times([], [])
+    for _ in range(2 if quick else 3):
+        times.ours.append(world.do(lambda: measured(pushes=True)))
+        times.baseline.append(world.do(lambda: measured(pushes=False)))
+    return times.row("sample.decode_during_push", "p99 between two tokens of 4 streams, a push of rank 16 every 0.5 s")
+
+
+def _repeats(quick: bool) -> int:
+    return 2 if quick else 5
+
+
+ROWS = {
+    "push.grpc_vs_disk": push_grpc_vs_disk,
+    "loop.memory_vs_disk": loop_memory_vs_disk,
+    "sample.vs_vllm": sample_vs_vllm,
+    "sample.decode_during_push": decode_during_push,
+}
