@@ -30,7 +30,7 @@ from tinkerbell.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
 
 pytestmark = pytest.mark.engine
 
-Tokens = sampler_pb2.TokenSequence
+Tokens = common_pb2.TokenSequence
 STORY = "Once upon a time, in a village by the sea,"
 
 
