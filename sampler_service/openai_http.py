@@ -78,7 +78,9 @@ class HttpServer:
             )
         self._listener = listener
         app = _application(sampler, engine)
-        self._server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
+        self._server = _Server(
+            uvicorn.Config(app, lifespan="off", log_config=None, log_level="warning", access_log=False)
+        )
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
