@@ -97,7 +97,7 @@ async def sweep(trainer_address: str, steps: int) -> tuple[list[list[float]], li
 def main(
     trainer_address: support.TrainerAddress = "",
     sampler_address: support.SamplerAddress = "",
-    steps: support.Steps = 20,
+    steps: support.Steps = 12,
     out: support.OutFolder = support.OUT / "concurrent_tenants",
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Trains four tenants in turn, then at once. Returns the losses of both, by tenant and step."""

@@ -2,12 +2,12 @@
 
     python -m examples.dpo [--trainer HOST:PORT --sampler HOST:PORT]
 
-Both answers of a pair have the right sum. The chosen one is the bare number, the rejected one a sentence around it.
-The reference policy is the adapter's version 1,
-published before the first step: versions never change, so the sampler scores every batch under it while the trainer
-works on the batch before, and it would do so as well for an adapter that had been fine-tuned already. The trainer
-computes the policy's logprobs, PyTorch the loss and its gradient here, and the trainer takes that gradient through the
-model. No pair comes twice, so what is reported of each batch is of pairs that the adapter has not seen.
+Both answers of a pair give the right sum: the chosen one as the bare number, the rejected one in a sentence. The
+reference policy is the adapter's version 1, published before the first step: versions never change, so the sampler
+scores each batch under it while the trainer works on the batch before, and would do so as well for an adapter that has
+been fine-tuned already. The trainer computes the policy's logprobs, PyTorch the loss and its gradient here, and the
+trainer takes that gradient through the model. No problem comes twice, so what is reported of a batch is of pairs that
+the adapter has not seen.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from tinkerbell import Datum, LogprobsResult, SamplerClient, TrainerClient, torc
 from tinkerbell.custom_loss import CustomLoss
 
 RANK, ALPHA = 16, 32.0
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-4
 BETA = 0.1
 PAIRS = 8  # a step
 
@@ -60,7 +60,7 @@ def dpo_loss(reference: Sequence[np.ndarray]) -> CustomLoss:
 def main(
     trainer_address: support.TrainerAddress = "",
     sampler_address: support.SamplerAddress = "",
-    steps: support.Steps = 40,
+    steps: support.Steps = 20,
     out: support.OutFolder = support.OUT / "dpo",
 ) -> list[float]:
     """Teaches an adapter by DPO to prefer bare numbers. Returns the mean reward margin of each step's pairs."""

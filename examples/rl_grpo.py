@@ -10,8 +10,7 @@ by an answer's length, which goes easy on long wrong answers (arXiv:2503.20783).
 
 The problems are reasoning-gym's chain_sum, two terms of one digit, and the reward is what its verifier says: 1 for the
 right number, and for a longer text that has the number in it, the number's share of the text. So the untrained model
-earns a little. It sees the bare expression, "6 + 2 =": on two cores a token that is read costs as much as one that is
-written.
+earns a little, mostly for answers that go on after the number.
 """
 
 import dataclasses
@@ -32,13 +31,8 @@ from tinkerbell import Completion, Datum, SamplerClient, TrainerClient
 
 RANK, ALPHA = 16, 32.0
 LEARNING_RATE = 2e-4
-PROMPTS, GROUP_SIZE = 6, 8  # a step's problems, and answers to each
+PROMPTS, GROUP_SIZE = 12, 4  # a step's problems, and answers to each
 MAX_TOKENS = 6
-
-
-def prompt(problem: dict) -> str:
-    """What the model sees."""
-    return f"{problem['metadata']['expression']} ="
 
 
 def policy_datum(prompt_tokens: list[int], completion: Completion, advantage: float) -> Datum:
@@ -55,7 +49,7 @@ def policy_datum(prompt_tokens: list[int], completion: Completion, advantage: fl
 def main(
     trainer_address: support.TrainerAddress = "",
     sampler_address: support.SamplerAddress = "",
-    steps: support.Steps = 40,
+    steps: support.Steps = 30,
     out: support.OutFolder = support.OUT / "rl_grpo",
 ) -> list[float]:
     """Trains an adapter on sums by GRPO. Returns the mean reward of each step's samples."""
@@ -80,7 +74,7 @@ def main(
         for _ in range(steps):
             policy = run.sync_adapter_to_vllm().result()
             batch = list(itertools.islice(stream, PROMPTS))
-            prompts = [tokenizer(prompt(problem)).input_ids for problem in batch]
+            prompts = [tokenizer(problem["question"]).input_ids for problem in batch]
             futures = [
                 sampler.generate(
                     prompt_tokens,

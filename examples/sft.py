@@ -42,7 +42,7 @@ def accuracy(sampler: SamplerClient, problems: list[dict], adapter_id: str = "")
 def main(
     trainer_address: support.TrainerAddress = "",
     sampler_address: support.SamplerAddress = "",
-    steps: support.Steps = 80,
+    steps: support.Steps = 60,
     out: support.OutFolder = support.OUT / "sft",
 ) -> list[float]:
     """Fine-tunes an adapter on sums. Returns the loss of each step, in nats per answer token."""
