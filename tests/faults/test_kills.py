@@ -10,13 +10,13 @@ from processes import ServiceProcess, start_sampler, start_trainer, wait_ready
 from sampler_worlds import SamplerWorld
 
 from service_common.checkpoint import Checkpoint
-from tinkerbell import AsyncSamplerClient, AsyncTrainerClient, AsyncTrainingRun, Datum, TinkerbellError, payload
+from tinkerbell import AsyncSamplerClient, AsyncTrainerClient, AsyncTrainingRun, Datum, Retry, TinkerbellError, payload
 from tinkerbell.local import free_address
 
 pytestmark = pytest.mark.engine
 
 TOLERANCE = 0.01
-TOKENS = [504, 2365, 282, 4649, 314, 253, 1123, 281, 260, 2240]
+TOKENS = [104, 236, 282, 464, 314, 253, 112, 281, 260, 224]
 CHUNKS = 19  # of SmolLM2's adapter of rank 16 in float32
 
 # Failpoints, each with the count at which it kills in the push that is meant to fail. The sampler has had two pushes
@@ -116,7 +116,7 @@ async def test_a_trainer_that_is_killed_in_a_push_leaves_all_samplers_at_one_who
     trainer = start_trainer(*options, die_at=f"{point}:{IN_THE_SECOND_SYNC[point]}")
     services = [trainer]
     with killed_in_the_end(services):
-        async with AsyncTrainerClient(trainer.address) as client:
+        async with AsyncTrainerClient(trainer.address, retry=Retry(total_seconds=300)) as client:
             await asyncio.to_thread(wait_ready, trainer)
             run = await client.create_lora_adapter("eve", rank=4)
             await run.save_checkpoint()
@@ -131,8 +131,6 @@ async def test_a_trainer_that_is_killed_in_a_push_leaves_all_samplers_at_one_who
             with pytest.raises(TinkerbellError) as refusal:
                 await lost
             assert refusal.value.reason == "ADAPTER_RESTORED"
-            for world in worlds:  # its servicer outlived the trainer, so it was current before
-                world.sampler.current.clear()
             async with asyncio.timeout(60):
                 while latest(worlds[0]) != latest(worlds[1]):  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
