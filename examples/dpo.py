@@ -29,7 +29,7 @@ from tinkerbell import Datum, LogprobsResult, SamplerClient, TrainerClient, torc
 from tinkerbell.custom_loss import CustomLoss
 
 RANK, ALPHA = 16, 32.0
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-4
 BETA = 0.1
 PAIRS = 8  # a step
 
@@ -60,7 +60,7 @@ def dpo_loss(reference: Sequence[np.ndarray]) -> CustomLoss:
 def main(
     trainer_address: support.TrainerAddress = "",
     sampler_address: support.SamplerAddress = "",
-    steps: support.Steps = 20,
+    steps: support.Steps = 8,
     out: support.OutFolder = support.OUT / "dpo",
 ) -> list[float]:
     """Teaches an adapter by DPO to prefer bare numbers. Returns the mean reward margin of each step's pairs."""

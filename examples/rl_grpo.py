@@ -30,8 +30,8 @@ from examples import support
 from tinkerbell import Completion, Datum, SamplerClient, TrainerClient
 
 RANK, ALPHA = 16, 32.0
-LEARNING_RATE = 2e-4
-PROMPTS, GROUP_SIZE = 12, 4  # a step's problems, and answers to each
+LEARNING_RATE = 1.5e-4
+PROMPTS, GROUP_SIZE = 6, 8  # a step's problems, and answers to each
 MAX_TOKENS = 6
 
 
