@@ -46,11 +46,13 @@ class Turns:
         next_seq_id: int = 1,
         restored_step: int | None = None,
         gap_seconds: float = 60.0,
+        overtaking_seconds: float = 2.0,
     ):
         self.next_seq_id = next_seq_id
         self._adapter_id = adapter_id
         self._restored_step = restored_step
         self._gap_seconds = gap_seconds
+        self._overtaking_seconds = overtaking_seconds  # by which calls that were sent together may come apart
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._held = False  # by a numbered operation that has not passed its turn on
         self._running = 0  # operations inside take, numbered or not
@@ -64,9 +66,9 @@ class Turns:
         `idempotency.Answers` gives every operation a task of its own.
 
         Raises NotBegun: SEQ_ID_USED for a number that came before; SEQ_ID_GAP when a lower number is missing and for
-        `gap_seconds` no operation of the adapter ran or arrived; ADAPTER_RESTORED, at once, for a number beyond the
-        next while no operation has begun since the adapter was restored, since those between went down with the old
-        trainer; ADAPTER_NOT_FOUND when the adapter is removed while waiting.
+        `gap_seconds` no operation of the adapter ran or arrived; ADAPTER_RESTORED, after `overtaking_seconds`, for
+        a number beyond the next while no operation has begun since the adapter was restored, since those between
+        went down with the old trainer; ADAPTER_NOT_FOUND when the adapter is removed while waiting.
         """
         if seq_id:
             await self._wait_for(seq_id)
@@ -103,17 +105,6 @@ class Turns:
                 next_seq_id=self.next_seq_id,
             )
             raise NotBegun(used)
-        if self._restored_step is not None and seq_id > self.next_seq_id:
-            restored = errors.failed_precondition(
-                "ADAPTER_RESTORED",
-                f"operation {seq_id} cannot follow: the trainer restarted; adapter {self._adapter_id!r} stands at step "
-                f"{self._restored_step}, next operation is {self.next_seq_id}; take a new training run from there",
-                adapter_id=self._adapter_id,
-                seq_id=seq_id,
-                next_seq_id=self.next_seq_id,
-                step=self._restored_step,
-            )
-            raise NotBegun(restored)
         future = asyncio.get_running_loop().create_future()
         self._waiting[seq_id] = future
         self._begin_next()
@@ -135,17 +126,31 @@ class Turns:
             self._clock.cancel()
             self._clock = None
         if self._waiting and not self._running:
-            self._clock = asyncio.get_running_loop().call_later(self._gap_seconds, self._give_up)
+            patience = self._gap_seconds if self._restored_step is None else self._overtaking_seconds
+            self._clock = asyncio.get_running_loop().call_later(patience, self._give_up)
 
     def _give_up(self) -> None:
         for seq_id, future in self._waiting.items():
-            gap = errors.failed_precondition(
-                "SEQ_ID_GAP",
-                f"operation {seq_id} of adapter {self._adapter_id!r} waits for operation {self.next_seq_id}, which did "
-                f"not come within {self._gap_seconds:g} s; send {self.next_seq_id} first, then {seq_id} again",
-                adapter_id=self._adapter_id,
-                seq_id=seq_id,
-                next_seq_id=self.next_seq_id,
-            )
-            future.set_exception(NotBegun(gap))
+            future.set_exception(NotBegun(self._gap(seq_id) if self._restored_step is None else self._restored(seq_id)))
         self._waiting.clear()
+
+    def _gap(self, seq_id: int) -> ServiceError:
+        return errors.failed_precondition(
+            "SEQ_ID_GAP",
+            f"operation {seq_id} of adapter {self._adapter_id!r} waits for operation {self.next_seq_id}, which did "
+            f"not come within {self._gap_seconds:g} s; send {self.next_seq_id} first, then {seq_id} again",
+            adapter_id=self._adapter_id,
+            seq_id=seq_id,
+            next_seq_id=self.next_seq_id,
+        )
+
+    def _restored(self, seq_id: int) -> ServiceError:
+        return errors.failed_precondition(
+            "ADAPTER_RESTORED",
+            f"operation {seq_id} cannot follow: the trainer restarted; adapter {self._adapter_id!r} stands at step "
+            f"{self._restored_step}, next operation is {self.next_seq_id}; take a new training run from there",
+            adapter_id=self._adapter_id,
+            seq_id=seq_id,
+            next_seq_id=self.next_seq_id,
+            step=self._restored_step,
+        )

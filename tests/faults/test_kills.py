@@ -115,7 +115,10 @@ async def test_a_trainer_that_is_killed_in_a_push_leaves_all_samplers_at_one_who
     options = (f"--model={tiny_model}", "--device=cpu", f"--checkpoints={tmp_path}", *samplers)
     trainer = start_trainer(*options, die_at=f"{point}:{IN_THE_SECOND_SYNC[point]}")
     services = [trainer]
-    with killed_in_the_end(services):
+    async with contextlib.AsyncExitStack() as cleanup:
+        cleanup.enter_context(killed_in_the_end(services))
+        for world in worlds:
+            cleanup.push_async_callback(world.stop)
         async with AsyncTrainerClient(trainer.address, retry=Retry(total_seconds=300)) as client:
             await asyncio.to_thread(wait_ready, trainer)
             run = await client.create_lora_adapter("eve", rank=4)
@@ -143,8 +146,6 @@ async def test_a_trainer_that_is_killed_in_a_push_leaves_all_samplers_at_one_who
             again = await run.sync_adapter_to_vllm()
             assert again.version > max(before)[0]
             assert [latest(world) for world in worlds] == [(again.version, again.digest)] * 2
-    for world in worlds:
-        await world.stop()
 
 
 def latest(world: SamplerWorld) -> tuple[int, str]:

@@ -166,7 +166,7 @@ async def test_an_arrival_restarts_the_clock() -> None:
 
 
 async def test_after_a_restart_a_number_beyond_the_next_is_told_where_the_adapter_stands() -> None:
-    turns, done = Turns("alice", next_seq_id=5, restored_step=2), []
+    turns, done = Turns("alice", next_seq_id=5, restored_step=2, overtaking_seconds=0.1), []
     refusal = await refusal_of(turns, 7)
     assert (refusal.code, refusal.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_RESTORED")
     assert refusal.metadata == {"adapter_id": "alice", "seq_id": "7", "step": "2", "next_seq_id": "5"}
@@ -177,8 +177,16 @@ async def test_after_a_restart_a_number_beyond_the_next_is_told_where_the_adapte
     assert done == [5, 6, 7]
 
 
+async def test_after_a_restart_calls_that_were_sent_together_may_overtake_each_other() -> None:
+    turns, done = Turns("alice", next_seq_id=5, restored_step=2, overtaking_seconds=0.3), []
+    overtaking = [await begin(turns, 7, done), await begin(turns, 6, done)]
+    await asyncio.sleep(0.1)
+    await asyncio.gather(operate(turns, 5, done), *overtaking)
+    assert done == [5, 6, 7]
+
+
 async def test_an_unnumbered_operation_ends_the_state_after_a_restart() -> None:
-    turns, done = Turns("alice", next_seq_id=5, restored_step=0), []
+    turns, done = Turns("alice", next_seq_id=5, restored_step=0, overtaking_seconds=0.1), []
     assert (await refusal_of(turns, 6)).metadata["step"] == "0"
     await operate(turns, 0, done)
     await asyncio.gather(operate(turns, 6, done), operate(turns, 5, done))
