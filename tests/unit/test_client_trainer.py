@@ -206,6 +206,7 @@ def test_optimizer_is_exported_with_its_moments(fakes, trainer, run):
 
 def test_checkpoints_are_saved_loaded_listed_and_deleted(fakes, trainer, run):
     named, by_step = run.save_checkpoint("first", ttl_seconds=60), run.save_checkpoint()
+    assert named.result().checkpoint_id == "alice/first"  # calls overtake each other, and the fake does not mind
     run.load_checkpoint("alice/first", fresh_optimizer=True).result()
     assert run.load_checkpoint("alice/first").result().resident
     lifetime = named.result().expires_at - named.result().created_at
