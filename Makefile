@@ -24,7 +24,7 @@ $(SMOLLM2): | $(STAMP)
 demo: $(STAMP) $(SMOLLM2) ## Train and sample with both services on this machine; results in out/demo
 	.venv/bin/python -W ignore::SyntaxWarning -m examples.demo
 
-test: lint $(SMOLLM2) ## Lint and every test: 25 minutes on two cores
+test: lint $(SMOLLM2) ## Lint and every test: half an hour on two cores
 	.venv/bin/pytest -m "not faults"
 
 test-faults: $(STAMP) $(SMOLLM2) ## Kill services at every point of a push; docs/faults.md has the last result
