@@ -1,5 +1,6 @@
 """Models and processes that several test files share. One sampler and one trainer serve the whole session."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from processes import ServiceProcess, made_model, start_sampler, start_trainer, wait_ready
 
 from tinkerbell.local import free_address
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long one example takes says how busy the machine is; pytest's own timeout finds what hangs.
 hypothesis.settings.register_profile("tests", deadline=None)
