@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import kernels  # noqa: F401  (first of all that may import Triton)
 import pytest
 from processes import ServiceProcess, made_model, start_sampler, start_trainer, wait_ready
 

@@ -53,6 +53,9 @@ def run(
     sequence_parallel: Annotated[
         bool, typer.Option(help="Ranks that share a layer also share the tokens between its parts.")
     ] = False,
+    recompute_activations: Annotated[
+        bool, typer.Option(help="Compute activations again for the backward pass, which saves most of their memory.")
+    ] = False,
     command_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a rank is taken to hang and the group ends.")
     ] = 600.0,
@@ -91,6 +94,7 @@ def run(
             max_resident_adapters=max_resident_adapters,
         ),
         layout=Layout(tensor_parallel, pipeline_parallel, sequence_parallel),
+        recompute_activations=recompute_activations,
         drain_seconds=drain_seconds,
         command_timeout=command_timeout,
     )

@@ -144,9 +144,20 @@ class Tensors:
 class Engine:
     """Holds the model. Every failure leaves adapters and gradients as they were before the call."""
 
-    def __init__(self, device: torch.device, limits: Limits, layout: Layout = Layout()):  # noqa: B008  (frozen)
-        """`device`: where model and adapters live; float32 on a CPU, bfloat16 base weights on a GPU."""
+    def __init__(
+        self,
+        device: torch.device,
+        limits: Limits,
+        layout: Layout = Layout(),  # noqa: B008  (frozen)
+        recompute_activations: bool = False,
+    ):
+        """`device`: where model and adapters live; float32 on a CPU, bfloat16 base weights on a GPU.
+
+        `recompute_activations`: keep only the inputs of decoder layers for the backward pass, and run each layer again
+        there: a third more arithmetic, a small part of the memory.
+        """
         self.device = device
+        self._recompute_activations = recompute_activations
         self.limits = limits
         self.layout = layout
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -179,7 +190,7 @@ class Engine:
         self._place = runtime.initialize(self.device, self.layout)
         from trainer_service.megatron.model import BaseModel  # noqa: PLC0415
 
-        self._model = BaseModel(checkpoint, self.device, self.dtype, self._place, report)
+        self._model = BaseModel(checkpoint, self.device, self.dtype, self._place, report, self._recompute_activations)
         self.checkpoint = checkpoint
 
     def create_adapter(

@@ -110,9 +110,20 @@ def _run_share(
         ]
         with torch.set_grad_enabled(any(part.backward for part in parts)):
             model.run(sequences, objective)
+    return _to_host(logprobs, sums)
+
+
+def _to_host(logprobs: dict[_Key, torch.Tensor], sums: dict[int, dict[str, torch.Tensor]]) -> _Share:
+    """In one copy: each would wait for the device."""
+    if not logprobs:
+        return _Share()
+    scalars = [value for kept in sums.values() for value in kept.values()]
+    host = torch.cat([*(value.double() for value in logprobs.values()), torch.stack(scalars)]).cpu()
+    values, rest = host[: -len(scalars)].float().numpy(), iter(host[-len(scalars) :].tolist())
+    ends = np.cumsum([len(value) for value in logprobs.values()])
     return _Share(
-        {key: value.cpu().numpy() for key, value in logprobs.items()},
-        {index: {name: float(value) for name, value in kept.items()} for index, kept in sums.items()},
+        dict(zip(logprobs, np.split(values, ends[:-1]), strict=True)),
+        {index: {name: next(rest) for name in kept} for index, kept in sums.items()},
     )
 
 

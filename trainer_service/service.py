@@ -48,6 +48,7 @@ class TrainerConfig:
     device: str
     limits: Limits
     layout: Layout
+    recompute_activations: bool
     drain_seconds: float
     command_timeout: float
 
@@ -60,7 +61,7 @@ def run(config: TrainerConfig) -> int:
     process = Process.from_environment()
     config.layout.data(process.world_size)
     device = process.device(config.device)
-    engine = Engine(device, config.limits, config.layout)
+    engine = Engine(device, config.limits, config.layout, config.recompute_activations)
     if process.world_size == 1:
         return asyncio.run(_serve(config, engine, LocalExecutor(engine)))
     group = Group(process, device, config.command_timeout)

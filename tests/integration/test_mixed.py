@@ -140,6 +140,34 @@ def test_a_tenant_that_is_not_finite_leaves_the_others_bit_identical(tenants: En
         assert gradients[name].norm() > 0
 
 
+def test_recomputed_activations_train_the_same(tenants: Engine) -> None:
+    """Bit for bit: the same operations run again."""
+    engine = Engine(torch.device("cpu"), Limits(), recompute_activations=True)
+    assert tenants.checkpoint is not None
+    engine.load_base_model(tenants.checkpoint, lambda stage: None)
+    for number, (name, (rank, alpha, rslora, modules, _, _)) in enumerate(TENANTS.items()):
+        config = common_pb2.LoraConfig(rank=rank, alpha=alpha, use_rslora=rslora, target_modules=modules)
+        engine.create_adapter(name, config, seed=number)
+        arena_of(engine, name).weights.copy_(arena_of(tenants, name).weights)
+    data = batches(tenants, seed=7)
+    saved: list[int] = []
+    for each in (tenants, engine):
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            shared_pass(each, data)
+        saved.append(kept)
+    for name in TENANTS:
+        assert torch.equal(arena_of(engine, name).gradients, arena_of(tenants, name).gradients), name
+        assert arena_of(engine, name).gradients.norm() > 0
+    assert saved[1] < saved[0] / 2
+
+
 def test_forward_beside_forward_backward_leaves_no_gradient(tenants: Engine) -> None:
     data = batches(tenants, seed=5)
     parts = [part(name, data[name], TENANTS[name][4], backward=name != "ada") for name in TENANTS]

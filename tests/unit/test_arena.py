@@ -130,8 +130,8 @@ def test_a_linear_has_the_ranks_and_scales_of_its_modules() -> None:
     assert linear.ranks == [2, 5, 2]
     assert linear.a.weight.shape == (9, 8)
     assert [factor.weight.shape for factor in linear.b.values()] == [(16, 2), (8, 5), (8, 2)]
-    assert torch.allclose(linear.scale, torch.tensor([16.0] * 2 + [32 / 5] * 5 + [1.5] * 2))
-    assert made.linears[0, "linear_qkv"].scale == 16.0
+    assert linear.scales == [16.0, 32 / 5, 1.5]
+    assert made.linears[0, "linear_qkv"].scales == [16.0] * 3
     linear.b["k_proj"].gradient.fill_(1)
     assert made.view(made.gradients, lora.peft_name(lora.module_path(1, "k_proj"), "B")).eq(1).all()
     assert made.gradients.count_nonzero() == 8 * 5
@@ -139,7 +139,7 @@ def test_a_linear_has_the_ranks_and_scales_of_its_modules() -> None:
 
 def test_rank_stabilised_scales_divide_by_the_root() -> None:
     config = lora.normalized(common_pb2.LoraConfig(rank=4, alpha=8, use_rslora=True, target_modules=["o_proj"]), 64)
-    assert arena(config).linears[0, "linear_proj"].scale == 4.0
+    assert arena(config).linears[0, "linear_proj"].scales == [4.0]
 
 
 def test_size_counts_the_four_buffers_of_this_rank() -> None:

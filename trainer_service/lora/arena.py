@@ -54,8 +54,8 @@ class LinearAdapter:
     # Per adapted module, in FUSED_MODULES' order: its rank and its B [out_features, rank].
     ranks: list[int]
     b: dict[str, Factor]
-    # Of each row of A; a number where all modules have the same.
-    scale: float | torch.Tensor
+    # Per adapted module: what its product is multiplied by.
+    scales: list[float]
 
 
 @dataclass(frozen=True)
@@ -205,17 +205,11 @@ class Arena:
     def _linear_adapter(self, paths: list[tuple[str, str]], config: common_pb2.LoraConfig) -> LinearAdapter:
         first = self._places[lora.peft_name(paths[0][1], "A")]
         ranks = [lora.module_rank(config, path) for _, path in paths]
-        scales = [lora.module_scale(config, path) for _, path in paths]
-        scale: float | torch.Tensor = scales[0]
-        if len(set(scales)) > 1:
-            scale = torch.tensor(scales, device=self.weights.device).repeat_interleave(
-                torch.tensor(ranks, device=self.weights.device)
-            )
         return LinearAdapter(
             a=self._factor(_Place(first.offset, (sum(ranks), first.shape[1]), first.part)),
             ranks=ranks,
             b={module: self._factor(self._places[lora.peft_name(path, "B")]) for module, path in paths},
-            scale=scale,
+            scales=[lora.module_scale(config, path) for _, path in paths],
         )
 
     def _factor(self, place: _Place) -> Factor:

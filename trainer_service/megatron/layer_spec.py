@@ -6,6 +6,7 @@ Shapes: T packed tokens, Q query heads, K key-value heads, D channels per head, 
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,8 +25,17 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
+from trainer_service.megatron import kernels
 from trainer_service.megatron.families import Family
+
+
+@dataclass
+class Packed(PackedSeqParams):
+    """Sequences back to back, and their lengths on the host as well."""
+
+    lengths: Sequence[int] = ()
 
 
 class PackedAttention(MegatronModule):
@@ -61,13 +71,18 @@ class PackedAttention(MegatronModule):
             num_heads = config.num_attention_heads // config.tensor_model_parallel_size
             self.softmax_offset = nn.Parameter(torch.empty(num_heads, dtype=config.params_dtype))
 
-    def forward(self, query, key, value, attention_mask, *, packed_seq_params: PackedSeqParams, **_):
-        """`query` [T, 1, Q, D], `key`, `value` [T, 1, K, D]; returns [T, 1, Q * D]. Each sequence sees itself only."""
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """`query` [T, Q, D], `key`, `value` [T, K, D]; returns [T, 1, Q * D]. Each sequence sees itself only."""
+        if self.is_plain and query.is_cuda:
+            bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+            before = -1 if self.window is None else self.window - 1
+            output = varlen_attn(
+                query, key, value, bounds, bounds, longest, longest, scale=self.softmax_scale, window_size=(before, 0)
+            )
+            assert isinstance(output, torch.Tensor)  # a tuple only when asked for more
+            return output.flatten(1)[:, None]
         # Sequences of one length that follow each other are one batch: [N, L, heads, D].
-        batches = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        batches = [(len(list(run)), length) for length, run in itertools.groupby(packed.lengths)]
         groups = query.size(1) // key.size(1)
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
         stretches = [tensor.split([math.prod(shape) for shape in batches]) for tensor in (query, key, value)]
@@ -77,10 +92,15 @@ class PackedAttention(MegatronModule):
         ]
         return torch.cat(outputs).flatten(1)[:, None]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether softmax attention with a window is all there is to it."""
+        return self.softcap is None and self.softmax_offset is None
+
     def _attend(self, query, key, value):
         """All [N, L, heads, D]."""
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        if self.softcap is None and self.softmax_offset is None:
+        if self.is_plain:
             mask = self._window_mask(query.size(2), query.device)
             output = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
@@ -205,33 +225,54 @@ class PostNormRowParallelLinear(RowParallelLinear):
 
 
 class Attention(SelfAttention):
-    """Self-attention that may normalise its output, and choose between two rotary embeddings."""
+    """Self-attention over packed sequences. It may normalise its output, and choose between two rotary embeddings."""
 
     def __init__(self, *args, two_rotary_bases: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self._two_rotary_bases = two_rotary_bases
+        no_rotary = self.config.no_rope_freq
+        self._has_rotary = not (no_rotary and no_rotary[self.layer_number - 1])
         # Kept here as well, since adapters put another module in linear_proj's place.
         self.post_norm = getattr(self.linear_proj, "post_layernorm", None)
 
-    def forward(self, hidden_states, attention_mask, *, rotary_pos_emb=None, **kwargs):
-        """`rotary_pos_emb`: with two bases those of the layers with a sliding window, then the others'."""
+    def forward(self, hidden_states, attention_mask, *, rotary_pos_emb=None, packed_seq_params: Packed, **_):
+        """`hidden_states` [T, 1, H]; `rotary_pos_emb`: what `kernels.rotate` takes, with two bases those of the layers
+        with a sliding window, then the others'. Returns output and, where it is left to the caller to add, bias.
+        """
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        mixed = mixed[:, 0].unflatten(-1, (groups, -1, width))
+        query, key, value = mixed.split([mixed.size(2) - 2, 1, 1], dim=2)
+        if self.config.qk_layernorm:
+            shape = query.shape
+            query, key = self.q_layernorm(query.flatten(1, 2)).view(shape), self.k_layernorm(key[:, :, 0])[:, :, None]
         if self._two_rotary_bases:
             rotary_pos_emb = rotary_pos_emb[0 if self.core_attention.window else 1]
-        output, bias = super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        if rotary_pos_emb is not None and self._has_rotary:
+            interleaved = self.config.rotary_interleaved
+            query, key = (kernels.rotate(heads, rotary_pos_emb, interleaved) for heads in (query, key))
+        output, bias = self.linear_proj(
+            self.core_attention(query.flatten(1, 2), key[:, :, 0], value[:, :, 0], packed_seq_params)
+        )
         return output if self.post_norm is None else self.post_norm(output), bias
 
 
-class PostNormMLP(MLP):
-    """An MLP that normalises its output."""
+class DenseMLP(MLP):
+    """An MLP that may normalise its output."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.post_norm = self.linear_fc2.post_layernorm
+        # Kept here as well, as in Attention.
+        self.post_norm = getattr(self.linear_fc2, "post_layernorm", None)
+        self._is_swiglu = self.config.gated_linear_unit and self.activation_func is F.silu
 
-    def forward(self, *args, **kwargs):
+    def forward(self, hidden_states, *args, **kwargs):
         """As MLP's."""
-        output, bias = super().forward(*args, **kwargs)
-        return self.post_norm(output), bias
+        if self._is_swiglu and not self.config.add_bias_linear:
+            output, bias = self.linear_fc2(kernels.swiglu(self.linear_fc1(hidden_states)[0]))
+        else:
+            output, bias = super().forward(hidden_states, *args, **kwargs)
+        return output if self.post_norm is None else self.post_norm(output), bias
 
 
 class ExpertLinear(nn.Module):
@@ -307,8 +348,7 @@ def _layer_spec(config: TransformerConfig, family: Family, window: int | None, h
         experts = MoESubmodules(experts=Experts, shared_experts=partial(SharedExpertMLP, submodules=shared))
         mlp = partial(MoELayer, submodules=experts)
     else:
-        dense = PostNormMLP if family.norms != "before" else MLP
-        mlp = partial(dense.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=before, linear_fc2=after))
+        mlp = partial(DenseMLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=before, linear_fc2=after))
     attention = SelfAttentionSubmodules(
         linear_qkv=before,
         core_attention=partial(PackedAttention, window=window, softcap=getattr(config, "attn_logit_softcapping", None)),

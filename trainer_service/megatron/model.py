@@ -4,38 +4,23 @@ Shapes: T packed tokens, V vocabulary, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import (
-    gather_from_tensor_model_parallel_region,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import distributed
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from service_common.checkpoint import Checkpoint
 from trainer_service.lora import layers
-from trainer_service.lora.arena import Arena, Shard
-from trainer_service.lora.routing import Routing, Segment
-from trainer_service.megatron import loading
+from trainer_service.lora.arena import Shard
+from trainer_service.lora.grouped import Grouped
+from trainer_service.lora.products import looped
+from trainer_service.lora.routing import Routing
+from trainer_service.megatron import inputs, loading, logprobs
+from trainer_service.megatron.graphs import Graphs
+from trainer_service.megatron.inputs import Inputs, PackedSequence
+from trainer_service.megatron.layer_spec import DenseMLP
 from trainer_service.megatron.rotary import PackedRotary
 from trainer_service.parallel import Place
-
-# Logits are made and differentiated this many tokens at a time: [T, V] would be the largest tensor of the pass by far.
-_LOGIT_CHUNK_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class PackedSequence:
-    """N tokens, N targets (both int64 [N]) and the adapter to apply, None for none."""
-
-    arena: Arena | None
-    tokens: np.ndarray
-    targets: np.ndarray
-
 
 Objective = Callable[[torch.Tensor, Sequence[int]], torch.Tensor | None]
 """What to differentiate: called with logprobs, float32 [T], of the sequences whose indices follow, back to back."""
@@ -51,18 +36,28 @@ class BaseModel:
         dtype: torch.dtype,
         place: Place,
         report: Callable[[str], None],
+        recompute_activations: bool = False,
     ):
-        """See loading.load."""
+        """See loading.load; `recompute_activations`: see Engine."""
         self._device = device
         self._dtype = dtype
         self._place = place
         loading.check_divisible(checkpoint, place)
         self._model = loading.load(checkpoint, device, dtype, place, report)
         tensor = place.tensor
-        self._routing = Routing(tensor.index, tensor.size) if place.sequence_parallel else Routing()
-        layers.adapt(self._model, self._routing)
-        self._rotary = PackedRotary(self._model.rotary_pos_emb)
+        adaptable = layers.adaptable(self._model)
+        grouped = Grouped(adaptable, device) if device.type == "cuda" else None
+        shares_tokens = (tensor.index, tensor.size) if place.sequence_parallel else ()
+        self._routing = Routing(grouped.batch if grouped else looped, *shares_tokens)
+        layers.adapt(self._model, adaptable, self._routing)
+        attention = self._model.decoder.layers[0].self_attention
+        self._rotary = PackedRotary(self._model.rotary_pos_emb, attention._yarn_concentration_factor)
         self._model.rotary_pos_emb = self._rotary
+        if recompute_activations:
+            layers.recompute(self._model, self._routing)
+        self._graphs = None
+        if grouped and not recompute_activations and self._can_be_graphed():
+            self._graphs = Graphs(self._compute, grouped, self._routing, self._rotary)
         numbers = [layer.layer_number - 1 for layer in self._model.decoder.layers]
         self.shard = Shard(range(numbers[0], numbers[-1] + 1), tensor.index, tensor.size)
 
@@ -72,12 +67,15 @@ class BaseModel:
         `objective` is called on the ranks of the last stage, once for each of the pieces that a pipeline works on. If
         it returns a scalar, that is differentiated, which adds to the gradients of the sequences' arenas.
         """
+        if self._graphs is not None and self._graphs.take(sequences):
+            self._graphs.run(sequences, lambda packed: objective(packed, range(len(sequences))))
+            return
         pieces = _split_evenly([len(sequence.tokens) for sequence in sequences], self._place.pipeline.size)
         running = []
         for piece in pieces:
             chosen = [sequences[index] for index in piece]
             received = self._receive_hidden(chosen)
-            output = self._forward(chosen, received, _logprobs)
+            output = self._forward(chosen, received, logprobs.process)
             if self._place.pipeline.is_last:
                 output = objective(output[: sum(len(sequence.tokens) for sequence in chosen)], piece)
             else:
@@ -102,34 +100,34 @@ class BaseModel:
 
     def _forward(self, sequences, received, output_processor):
         sequences = [*sequences, *self._padding(sequences)]
-        lengths = np.array([len(sequence.tokens) for sequence in sequences])
-        bounds = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(self._device)
-        packed = PackedSeqParams(
-            qkv_format="sbhd",  # to Megatron one long sequence; PackedSDPA and PackedRotary know better
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            max_seqlen_q=int(lengths.max()),
-            max_seqlen_kv=int(lengths.max()),
-        )
-        tokens = torch.from_numpy(np.concatenate([sequence.tokens for sequence in sequences])).to(self._device)
-        targets = torch.from_numpy(np.concatenate([sequence.targets for sequence in sequences])).to(self._device)
-        positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(self._device)
         if received is not None:
             self._model.set_input_tensor(received)
-        with self._routing.use(_segments(sequences)), self._rotary.at(positions):
+        with self._routing.use(inputs.segments(sequences)):
+            return self._compute(inputs.prepare(sequences, self._rotary, self._device), output_processor)
+
+    def _compute(self, read: Inputs, output_processor=logprobs.process) -> torch.Tensor:
+        tokens = read.tokens[None]
+        with self._rotary.use(read.turns):
             return self._model(
-                tokens[None],
-                positions[None],
+                tokens,
+                torch.zeros_like(tokens),  # positions, which `turns` knows
                 attention_mask=None,
-                packed_seq_params=packed,
+                packed_seq_params=read.packed,
                 output_processor=output_processor,
-                output_processor_context=targets,
+                output_processor_context=read.targets,
             )
 
     def _padding(self, sequences) -> list[PackedSequence]:
         """Ranks that share the tokens need equally many."""
         missing = -sum(len(sequence.tokens) for sequence in sequences) % self._routing.parts
-        return [PackedSequence(None, np.zeros(missing, np.int64), np.zeros(missing, np.int64))] if missing else []
+        return [PackedSequence.padding(missing)] if missing else []
+
+    def _can_be_graphed(self) -> bool:
+        """Whether a pass is the same kernels for any tokens, which those of experts and explicit attention aren't."""
+        layers = self._model.decoder.layers
+        return self._place.model.size == 1 and all(
+            layer.self_attention.core_attention.is_plain and isinstance(layer.mlp, DenseMLP) for layer in layers
+        )
 
     def _receive_hidden(self, sequences) -> torch.Tensor | None:
         if self._place.pipeline.is_first:
@@ -149,16 +147,6 @@ class BaseModel:
         distributed.send(tensor.contiguous(), rank, group=self._place.pipeline.group)
 
 
-def _segments(sequences: Sequence[PackedSequence]) -> list[Segment]:
-    segments: list[Segment] = []
-    for sequence in sequences:
-        if segments and segments[-1].arena is sequence.arena:
-            segments[-1] = Segment(sequence.arena, segments[-1].num_tokens + len(sequence.tokens))
-        else:
-            segments.append(Segment(sequence.arena, len(sequence.tokens)))
-    return segments
-
-
 def _split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Cuts 0..len(lengths) in order into at most `parts` pieces of about equally many tokens."""
     pieces: list[list[int]] = [[]]
@@ -175,20 +163,3 @@ def _split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
 def _logits(hidden_states, output_layer, output_weight, **_):
     logits = output_layer(hidden_states, weight=output_weight)[0]
     return gather_from_tensor_model_parallel_region(logits).squeeze(1)
-
-
-def _logprobs(hidden_states, output_layer, output_weight, context, **_):
-    def chunk_logprobs(hidden_chunk, target_chunk):
-        chunk_logits, _ = output_layer(hidden_chunk, weight=output_weight)
-        return -vocab_parallel_cross_entropy(chunk_logits.float(), target_chunk[:, None]).squeeze(1)
-
-    if output_layer.sequence_parallel or len(context) <= _LOGIT_CHUNK_TOKENS:
-        return chunk_logprobs(hidden_states, context)
-    return torch.cat(
-        [
-            recomputed(chunk_logprobs, hidden, target, use_reentrant=False)
-            for hidden, target in zip(
-                hidden_states.split(_LOGIT_CHUNK_TOKENS), context.split(_LOGIT_CHUNK_TOKENS), strict=True
-            )
-        ]
-    )

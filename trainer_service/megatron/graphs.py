@@ -1,0 +1,135 @@
+"""Passes as CUDA graphs.
+
+The CPU needs longer to launch a pass's kernels than the GPU for what they do to a few thousand tokens. A graph is
+launched as a whole. It reads fixed memory, and its shapes are fixed: a pass is filled up with tokens that nobody asked
+for, and which tokens belong to which adapter is data (see `grouped.py`). The loss, which is the caller's, runs between
+the graph of the forward pass and that of the backward pass.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trainer_service.lora.grouped import TILE_ROWS, Grouped, Ranks, Tables
+from trainer_service.lora.routing import Routing
+from trainer_service.megatron.inputs import Inputs, PackedSequence, packed, prepare, segments
+from trainer_service.megatron.rotary import PackedRotary
+
+# Of an 8B model, with which the CPU needs 260 ms to launch a pass and the GPU 253 ms for 4096 tokens. Larger passes need
+# no graph, whose memory for activations is its own.
+_MAX_TOKENS = 4096
+_TOKEN_STEP = 256
+_MAX_SEQUENCES = 64
+_LEAST_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What passes of one graph have in common."""
+
+    num_tokens: int
+    num_sequences: int  # at most, and so are the adapters
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """Two graphs, and the memory that they read and write."""
+
+    inputs: Inputs
+    tables: Tables
+    logprobs: torch.Tensor  # float32 [T]
+    gradient: torch.Tensor  # of the loss by `logprobs`
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+
+
+class Graphs:
+    """Records a pass of each shape when the first of its kind comes."""
+
+    def __init__(
+        self, forward: Callable[[Inputs], torch.Tensor], grouped: Grouped, routing: Routing, rotary: PackedRotary
+    ):
+        """`forward`: log-probabilities of the inputs' targets."""
+        self._forward = forward
+        self._grouped = grouped
+        self._routing = routing
+        self._rotary = rotary
+        self._recordings: dict[_Shape, _Recording] = {}
+        # One after the other, all graphs can work in the same memory.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def take(self, sequences: Sequence[PackedSequence]) -> bool:
+        """Whether a graph serves this pass."""
+        num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+        return num_tokens <= _MAX_TOKENS and len(sequences) < _MAX_SEQUENCES
+
+    def run(
+        self, sequences: Sequence[PackedSequence], objective: Callable[[torch.Tensor], torch.Tensor | None]
+    ) -> None:
+        """One pass; `objective` as BaseModel.run has it, for all of the sequences."""
+        num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+        arenas = [sequence.arena for sequence in sequences if sequence.arena is not None]
+        shape = _Shape(
+            num_tokens=-(-num_tokens // _TOKEN_STEP) * _TOKEN_STEP,
+            num_sequences=max(_LEAST_SEQUENCES, 1 << len(sequences).bit_length()),
+            ranks=Ranks.of(arenas),
+        )
+        if shape not in self._recordings:
+            self._recordings[shape] = self._record(shape)
+        recording = self._recordings[shape]
+        if shape.num_tokens > num_tokens:
+            sequences = [*sequences, PackedSequence.padding(shape.num_tokens - num_tokens)]
+        self._fill(recording, sequences)
+        recording.forward.replay()
+        with_gradient = torch.is_grad_enabled()
+        logprobs = recording.logprobs[:num_tokens].clone().requires_grad_(with_gradient)
+        total = objective(logprobs)
+        if with_gradient and total is not None and total.requires_grad:
+            total.backward()
+            assert logprobs.grad is not None
+            recording.gradient.zero_()
+            recording.gradient[:num_tokens] = logprobs.grad
+            recording.backward.replay()
+
+    def _fill(self, recording: _Recording, sequences: Sequence[PackedSequence]) -> None:
+        new, fixed = prepare(sequences, self._rotary, self._grouped.device), recording.inputs
+        fixed.tokens.copy_(new.tokens)
+        fixed.targets.copy_(new.targets)
+        fixed.turns.copy_(new.turns)
+        bounds = fixed.packed.cu_seqlens_q
+        bounds.fill_(len(new.tokens))  # the other sequences are empty
+        bounds[: len(new.packed.cu_seqlens_q)] = new.packed.cu_seqlens_q
+        recording.tables.fill(segments(sequences))
+
+    def _record(self, shape: _Shape) -> _Recording:
+        inputs = self._inputs(shape)
+        tables = Tables(
+            self._grouped, shape.num_sequences, shape.num_tokens // TILE_ROWS + shape.num_sequences, shape.ranks
+        )
+        gradient = torch.zeros_like(inputs.targets, dtype=torch.float32)
+        with self._routing.using(tables.products, tables.products), torch.enable_grad():
+            # Compiles kernels, and makes libraries take the memory that they keep. Without adapters, it trains nothing.
+            self._forward(inputs).backward(gradient)
+            torch.cuda.synchronize()
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with self._recorded(forward):
+                logprobs = self._forward(inputs)
+            with self._recorded(backward):
+                logprobs.backward(gradient)
+        return _Recording(inputs, tables, logprobs.detach(), gradient, forward, backward)
+
+    def _recorded(self, graph: torch.cuda.CUDAGraph) -> contextlib.AbstractContextManager:
+        # Other threads, which send weights to samplers, may go on using the GPU.
+        return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+
+    def _inputs(self, shape: _Shape) -> Inputs:
+        """Memory for the inputs of any pass of this shape. Any of its sequences may be the longest one possible."""
+        made = prepare([PackedSequence.padding(shape.num_tokens)], self._rotary, self._grouped.device)
+        bounds = torch.full(
+            (shape.num_sequences + 1,), shape.num_tokens, dtype=torch.int32, device=self._grouped.device
+        )
+        bounds[0] = 0
+        return Inputs(made.tokens, made.targets, made.turns, packed(bounds, [shape.num_tokens]))
