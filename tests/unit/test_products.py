@@ -97,9 +97,7 @@ def computed(layer: Layer, of: Products, dtype: torch.dtype, device: torch.devic
     """y and the gradient of x; adds to the arenas."""
     x, y, grad_y, grad_x = activations(layer, dtype, device)
     low = of.down(x)
-    of.up(y, low)
-    of.up_gradient(grad_x, of.down_gradient(grad_y, low), x)
-    return y, grad_x
+    return y + of.up(low), grad_x + of.up_gradient(of.down_gradient(grad_y, low), x)
 
 
 def reference(layer: Layer, parts: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]]]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from trainer_service.lora.arena import Arena, Factor
-from trainer_service.lora.products import Batch, Features, Key, Layer, Products, Segment
+from trainer_service.lora.products import Batch, Features, Key, Layer, Products, Segment, no_adapters
 
 # Tokens of one adapter, and features of one module, that a program works on at a time.
 TILE_ROWS = 64
@@ -61,9 +61,9 @@ def _columns_of(module, tile, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _rank_of(factor, RANKS_ALIGNED: tl.constexpr):
-    """A factor's rank, and the place of its first rank among the columns of x A^T."""
-    rank, place = tl.load(factor + 2).to(tl.int32), tl.load(factor + 3).to(tl.int32)
+def _rank_of(factor, slot, RANKS_ALIGNED: tl.constexpr):
+    """A factor's rank, 0 if there is none, and the place of its first rank among the columns of x A^T."""
+    rank, place = tl.load(factor + 2, slot >= 0, 0).to(tl.int32), tl.load(factor + 3, slot >= 0, 0).to(tl.int32)
     if RANKS_ALIGNED:
         rank, place = tl.multiple_of(rank, 8), tl.multiple_of(place, 8)
     return rank, place
@@ -112,7 +112,7 @@ def _shrink(
     split = tl.program_id(2)
     slot, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     factor = factors + (module * num_slots + slot) * FIELDS
-    rank, place = _rank_of(factor, RANKS_ALIGNED)
+    rank, place = _rank_of(factor, slot, RANKS_ALIGNED)
     if (first < end) & (block * BLOCK_R < rank):
         geometry = modules + module * GEOMETRY
         groups, span = tl.load(geometry), tl.load(geometry + 1)
@@ -168,13 +168,13 @@ def _expand(
     FIELDS: tl.constexpr,
     GEOMETRY: tl.constexpr,
 ):
-    """y[t, feature] += scale * sum over ranks of low[t, rank] * W[rank, feature]."""
+    """y[t, feature] = scale * sum over ranks of low[t, rank] * W[rank, feature]."""
     tile = tl.program_id(0)
     slot, first, end = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     module = _module_of(modules, tl.program_id(1), NUM_MODULES, GEOMETRY)
     factor = factors + (module * num_slots + slot) * FIELDS
-    rank, place = _rank_of(factor, RANKS_ALIGNED)
-    if (first < end) & (rank > 0):
+    rank, place = _rank_of(factor, slot, RANKS_ALIGNED)
+    if first < end:
         geometry = modules + module * GEOMETRY
         columns, features, exists = _columns_of(geometry, tl.program_id(1) - tl.load(geometry + 4), BLOCK_N, ALIGNED)
         rows = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -192,10 +192,9 @@ def _expand(
                 other=0.0,
             )
             result = tl.dot(part, weight.to(part.dtype), result, input_precision="ieee")
-        result *= tl.load(factor + 4).to(tl.int32).to(tl.float32, bitcast=True)
-        places = y + rows[:, None] * y_stride + columns[None, :]
+        result *= tl.load(factor + 4, slot >= 0, 0).to(tl.int32).to(tl.float32, bitcast=True)
         mask = (rows < end)[:, None] & exists[None, :]
-        tl.store(places, (tl.load(places, mask).to(tl.float32) + result).to(y.dtype.element_ty), mask)
+        tl.store(y + rows[:, None] * y_stride + columns[None, :], result.to(y.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -224,7 +223,7 @@ def _accumulate(
     first, end = tl.load(slots + 2 * slot), tl.load(slots + 2 * slot + 1)
     module = _module_of(modules, tl.program_id(0), NUM_MODULES, GEOMETRY)
     factor = factors + (module * num_slots + slot) * FIELDS
-    rank, place = _rank_of(factor, RANKS_ALIGNED)
+    rank, place = _rank_of(factor, slot, RANKS_ALIGNED)
     if (first < end) & (block * BLOCK_R < rank):
         geometry = modules + module * GEOMETRY
         columns, features, exists = _columns_of(geometry, tl.program_id(0) - tl.load(geometry + 4), BLOCK_N, ALIGNED)
@@ -267,6 +266,7 @@ class _Side:
 
     modules: torch.Tensor  # int32 [modules, _GEOMETRY]
     num_modules: int
+    num_columns: int  # of the activations
     num_tiles: int
     num_steps: int  # of _STEP_FEATURES, in the largest module
     is_aligned: bool
@@ -284,6 +284,7 @@ def _side(parts: Sequence[Features], first_factor: int, ranks_first: bool, devic
     return _Side(
         modules=torch.tensor(geometry, dtype=torch.int32, device=device),
         num_modules=len(parts),
+        num_columns=parts[0].groups * parts[0].width,
         num_tiles=firsts[-1],
         num_steps=max(part.groups * triton.cdiv(part.stop - part.start, _STEP_FEATURES) for part in parts),
         is_aligned=all(value % 16 == 0 for _, span, width, start, _ in geometry for value in (span, width, start)),
@@ -316,8 +317,8 @@ class Grouped:
         """As `products.looped`; every adapter has one stretch of tokens."""
         stretches = _stretches(segments)
         if not stretches:
-            return lambda layer: None
-        num_tiles = sum(triton.cdiv(end - start, TILE_ROWS) for _, start, end in stretches)
+            return no_adapters
+        num_tiles = sum(triton.cdiv(segment.num_tokens, TILE_ROWS) for segment in segments)
         tables = Tables(self, len(stretches), num_tiles, Ranks.of(arena for arena, *_ in stretches))
         tables.fill(segments)
         return tables.products
@@ -374,14 +375,17 @@ class Tables:
         factors = np.zeros(self.factors.shape, np.int64)
         slots = np.zeros(self.slots.shape, np.int32)
         tiles = np.zeros(self.tiles.shape, np.int32)
-        number = 0
         for slot, (arena, start, end) in enumerate(_stretches(segments)):
             factors[:, slot] = self.model.factors_of(arena)
             slots[slot] = start, end
+        number = slot = start = 0
+        for segment in segments:
+            end = start + segment.num_tokens
             firsts = np.arange(start, end, TILE_ROWS)
             mine = tiles[number : number + len(firsts)]
-            mine[:, 0], mine[:, 1], mine[:, 2] = slot, firsts, np.minimum(firsts + TILE_ROWS, end)
-            number += len(firsts)
+            mine[:, 0] = -1 if segment.arena is None else slot
+            mine[:, 1], mine[:, 2] = firsts, np.minimum(firsts + TILE_ROWS, end)
+            number, start, slot = number + len(firsts), end, slot + (segment.arena is not None)
         for table, values in ((self.factors, factors), (self.slots, slots), (self.tiles, tiles)):
             table.copy_(torch.from_numpy(values))
 
@@ -409,16 +413,16 @@ class _Grouped:
     def down(self, x: torch.Tensor) -> torch.Tensor:
         return self._shrink(x, self._inputs)
 
-    def up(self, y: torch.Tensor, low: torch.Tensor) -> None:
-        self._expand(y, low, self._outputs)
+    def up(self, low: torch.Tensor) -> torch.Tensor:
+        return self._expand(low, self._outputs)
 
     def down_gradient(self, grad_y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         self._accumulate(grad_y, low, self._outputs)
         return self._shrink(grad_y, self._outputs)
 
-    def up_gradient(self, grad_x: torch.Tensor, grad_low: torch.Tensor, x: torch.Tensor) -> None:
+    def up_gradient(self, grad_low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         self._accumulate(x, grad_low, self._inputs)
-        self._expand(grad_x, grad_low, self._inputs)
+        return self._expand(grad_low, self._inputs)
 
     @property
     def _width(self) -> int:
@@ -463,8 +467,9 @@ class _Grouped:
             _sum_splits[(triton.cdiv(size, 1024),)](parts, low, size, SPLITS=splits, BLOCK=1024)
         return low
 
-    def _expand(self, y: torch.Tensor, low: torch.Tensor, side: _Side) -> None:
+    def _expand(self, low: torch.Tensor, side: _Side) -> torch.Tensor:
         tables, (block, _) = self._tables, self._ranks(side)
+        y = low.new_empty(len(low), 1, side.num_columns)
         _expand[len(tables.tiles), side.num_tiles](
             y,
             low,
@@ -484,6 +489,7 @@ class _Grouped:
             FIELDS=_FIELDS,
             GEOMETRY=_GEOMETRY,
         )
+        return y
 
     def _accumulate(self, x: torch.Tensor, low: torch.Tensor, side: _Side) -> None:
         tables, (block, num_blocks) = self._tables, self._ranks(side)

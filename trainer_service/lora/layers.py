@@ -33,28 +33,31 @@ from trainer_service.megatron.layer_spec import LocalLayerNormColumnParallelLine
 class _AdaptedLinear(torch.autograd.Function):
     """A frozen linear layer and its adapters, on a rank that has all of the layer: [T, 1, out].
 
-    One function, so that both parts of the output, and of the gradient of x, are added up in place.
+    One function, so that the large matrix products add, in place, to what the adapters have: output and gradient of x
+    are written twice and read once.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, products: Products | None):
-        y = F.linear(x, weight, bias)
-        low = None
-        if products is not None:
-            low = products.down(x)
-            products.up(y, low)
-        ctx.save_for_backward(weight, *(() if low is None else (x, low)))
         ctx.products = products
-        return y
+        if products is None:
+            ctx.save_for_backward(weight)
+            return F.linear(x, weight, bias)
+        low = products.down(x)
+        ctx.save_for_backward(weight, x, low)
+        y = products.up(low)
+        y[:, 0].addmm_(x[:, 0], weight.T)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor):
         weight, *adapted = ctx.saved_tensors
         grad_y = grad_y.contiguous()
-        grad_x = (grad_y[:, 0] @ weight)[:, None]
-        if adapted:
-            x, low = adapted
-            ctx.products.up_gradient(grad_x, ctx.products.down_gradient(grad_y, low), x)
+        if not adapted:
+            return (grad_y[:, 0] @ weight)[:, None], None, None, None
+        x, low = adapted
+        grad_x = ctx.products.up_gradient(ctx.products.down_gradient(grad_y, low), x)
+        grad_x[:, 0].addmm_(grad_y[:, 0], weight)
         return grad_x, None, None, None
 
 
@@ -70,27 +73,22 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_low: torch.Tensor):
         (x,) = ctx.saved_tensors
-        grad_x = torch.zeros_like(x)
-        ctx.products.up_gradient(grad_x, grad_low.contiguous(), x)
-        return grad_x, None
+        return ctx.products.up_gradient(grad_low.contiguous(), x), None
 
 
 class _Up(torch.autograd.Function):
-    """The base layer's output, in its memory, plus scale * low B^T: [T, 1, out]."""
+    """scale * low B^T: [T, 1, out]."""
 
     @staticmethod
-    def forward(ctx, y: torch.Tensor, low: torch.Tensor, products: Products) -> torch.Tensor:
+    def forward(ctx, low: torch.Tensor, products: Products) -> torch.Tensor:
         ctx.save_for_backward(low)
         ctx.products = products
-        # Detached, as Megatron's layers return views that autograd lets nobody change. Nothing has kept the old values.
-        y = y.detach()
-        products.up(y, low)
-        return y
+        return products.up(low)
 
     @staticmethod
     def backward(ctx, grad_y: torch.Tensor):
         (low,) = ctx.saved_tensors
-        return grad_y, ctx.products.down_gradient(grad_y.contiguous(), low), None
+        return ctx.products.down_gradient(grad_y.contiguous(), low), None
 
 
 class LoraLinear(nn.Module):
@@ -120,7 +118,7 @@ class LoraLinear(nn.Module):
         if self._by_input:
             before, after = after, before
         low = self._across_ranks(_Down.apply(x.contiguous(), before))
-        return _Up.apply(output, low, after), bias
+        return output + _Up.apply(low, after), bias
 
     def _across_ranks(self, low: torch.Tensor) -> torch.Tensor:
         """The sums that the module's docstring speaks of, in one collective for all adapters."""

@@ -54,28 +54,38 @@ class Layer:
     modules: Mapping[str, Features]
 
 
+def num_outputs(modules: Mapping[str, Features]) -> int:
+    """Features of a fused layer's output."""
+    any_of_them = next(iter(modules.values()))
+    return any_of_them.groups * any_of_them.width
+
+
 class Products(Protocol):
-    """Of all adapters of a pass with one linear layer. Rows of tokens without an adapter there are left alone."""
+    """Of all adapters of a pass with one linear layer."""
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """x A^T, [T, 1, R]; undefined to the right of an adapter's ranks, and in rows without an adapter."""
         ...
 
-    def up(self, y: torch.Tensor, low: torch.Tensor) -> None:
-        """Adds scale * low B^T to `y` in place."""
+    def up(self, low: torch.Tensor) -> torch.Tensor:
+        """scale * low B^T, [T, 1, out]; zero where there is no adapter."""
         ...
 
     def down_gradient(self, grad_y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """The gradient of `low`, and adds that of B to the arenas."""
         ...
 
-    def up_gradient(self, grad_x: torch.Tensor, grad_low: torch.Tensor, x: torch.Tensor) -> None:
-        """Adds the gradient of x through the adapters to `grad_x` in place, and that of A to the arenas."""
+    def up_gradient(self, grad_low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of x through the adapters, zero where there is none, and adds that of A to the arenas."""
         ...
 
 
 Batch = Callable[[Layer], Products | None]
 """A pass's products with each layer; None where no adapter of the pass adapts it."""
+
+
+def no_adapters(layer: Layer) -> None:
+    """A `Batch` of the bare base model."""
 
 
 def looped(segments: Sequence[Segment]) -> Batch:
@@ -109,13 +119,15 @@ class _Looped:
             torch.mm(x[rows, 0], weight.T, out=low[rows, 0, : len(weight)])
         return low
 
-    def up(self, y: torch.Tensor, low: torch.Tensor) -> None:
+    def up(self, low: torch.Tensor) -> torch.Tensor:
+        y = low.new_zeros(len(low), 1, num_outputs(self._features))
         for rows, ranks, features, b, scale in self._modules():
             target, weight = features.of(y[rows, 0]), b.weight.to(y.dtype)
             if target.dim() == 2:
                 target.addmm_(low[rows, 0, ranks], weight.T, alpha=scale)
             else:
                 target.add_((low[rows, 0, ranks] @ weight.T).view(target.shape), alpha=scale)
+        return y
 
     def down_gradient(self, grad_y: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         grad_low = torch.zeros_like(low)
@@ -125,11 +137,13 @@ class _Looped:
             torch.mm(grad, b.weight.to(grad.dtype), out=grad_low[rows, 0, ranks]).mul_(scale)
         return grad_low
 
-    def up_gradient(self, grad_x: torch.Tensor, grad_low: torch.Tensor, x: torch.Tensor) -> None:
+    def up_gradient(self, grad_low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        grad_x = torch.zeros_like(x)
         for rows, adapter in self._stretches:
             grad = grad_low[rows, 0, : len(adapter.a.weight)]
             _accumulate(adapter.a, grad, x[rows, 0])
-            grad_x[rows, 0].addmm_(grad, adapter.a.weight.to(grad.dtype))
+            torch.mm(grad, adapter.a.weight.to(grad.dtype), out=grad_x[rows, 0])
+        return grad_x
 
     def _modules(self) -> Iterator[tuple[slice, slice, Features, Factor, float]]:
         """Every module of every stretch: its rows, its ranks among the columns of x A^T, its features, B and scale."""

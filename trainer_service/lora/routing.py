@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
-from trainer_service.lora.products import Batch, Segment
+from trainer_service.lora.products import Batch, Segment, no_adapters
 
 
 class Routing:
@@ -18,8 +18,8 @@ class Routing:
         self._batch = batch
         self._index = index
         self.parts = parts
-        self.whole: Batch = _no_adapters
-        self.local: Batch = _no_adapters
+        self.whole: Batch = no_adapters
+        self.local: Batch = no_adapters
 
     @contextlib.contextmanager
     def use(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -49,7 +49,3 @@ class Routing:
             local.append(Segment(segment.arena, max(0, min(end, last) - max(start, first))))
             start = end
         return local
-
-
-def _no_adapters(layer) -> None:
-    return None

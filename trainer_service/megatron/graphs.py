@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from trainer_service.lora.grouped import TILE_ROWS, Grouped, Ranks, Tables
+from trainer_service.lora.products import no_adapters
 from trainer_service.lora.routing import Routing
 from trainer_service.megatron.inputs import Inputs, PackedSequence, packed, prepare, segments
 from trainer_service.megatron.rotary import PackedRotary
 
-# Of an 8B model, with which the CPU needs 260 ms to launch a pass and the GPU 253 ms for 4096 tokens. Larger passes need
-# no graph, whose memory for activations is its own.
+# Of an 8B model the CPU needs 260 ms to launch a pass, and an H200 253 ms for 4096 tokens. Larger passes keep the GPU
+# busy, and a graph has memory for activations of its own.
 _MAX_TOKENS = 4096
 _TOKEN_STEP = 256
 _MAX_SEQUENCES = 64
@@ -31,7 +32,7 @@ class _Shape:
 
     num_tokens: int
     num_sequences: int  # at most, and so are the adapters
-    ranks: Ranks
+    ranks: Ranks | None  # None for passes of the bare base model
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class _Recording:
     """Two graphs, and the memory that they read and write."""
 
     inputs: Inputs
-    tables: Tables
+    tables: Tables | None
     logprobs: torch.Tensor  # float32 [T]
     gradient: torch.Tensor  # of the loss by `logprobs`
     forward: torch.cuda.CUDAGraph
@@ -75,7 +76,7 @@ class Graphs:
         shape = _Shape(
             num_tokens=-(-num_tokens // _TOKEN_STEP) * _TOKEN_STEP,
             num_sequences=max(_LEAST_SEQUENCES, 1 << len(sequences).bit_length()),
-            ranks=Ranks.of(arenas),
+            ranks=Ranks.of(arenas) if arenas else None,
         )
         if shape not in self._recordings:
             self._recordings[shape] = self._record(shape)
@@ -102,15 +103,18 @@ class Graphs:
         bounds = fixed.packed.cu_seqlens_q
         bounds.fill_(len(new.tokens))  # the other sequences are empty
         bounds[: len(new.packed.cu_seqlens_q)] = new.packed.cu_seqlens_q
-        recording.tables.fill(segments(sequences))
+        if recording.tables is not None:
+            recording.tables.fill(segments(sequences))
 
     def _record(self, shape: _Shape) -> _Recording:
         inputs = self._inputs(shape)
-        tables = Tables(
-            self._grouped, shape.num_sequences, shape.num_tokens // TILE_ROWS + shape.num_sequences, shape.ranks
-        )
+        tables = None
+        if shape.ranks is not None:
+            num_tiles = shape.num_tokens // TILE_ROWS + shape.num_sequences
+            tables = Tables(self._grouped, shape.num_sequences, num_tiles, shape.ranks)
+        batch = tables.products if tables is not None else no_adapters
         gradient = torch.zeros_like(inputs.targets, dtype=torch.float32)
-        with self._routing.using(tables.products, tables.products), torch.enable_grad():
+        with self._routing.using(batch, batch), torch.enable_grad():
             # Compiles kernels, and makes libraries take the memory that they keep. Without adapters, it trains nothing.
             self._forward(inputs).backward(gradient)
             torch.cuda.synchronize()
