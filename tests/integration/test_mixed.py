@@ -140,6 +140,22 @@ def test_a_tenant_that_is_not_finite_leaves_the_others_bit_identical(tenants: En
         assert gradients[name].norm() > 0
 
 
+def test_logits_of_a_few_tokens_at_a_time_train_the_same(tenants: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer_service.megatron import logprobs as chunked  # noqa: PLC0415  (after the engine has loaded)
+
+    data = batches(tenants, seed=8)
+    together = shared_pass(tenants, data)
+    gradients = {name: arena_of(tenants, name).gradients.clone() for name in TENANTS}
+    for name in TENANTS:
+        tenants._adapters[name].accumulated_calls = 0
+        arena_of(tenants, name).gradients.zero_()
+    monkeypatch.setattr(chunked, "_CHUNK_TOKENS", 7)
+    again = shared_pass(tenants, data)
+    for name in TENANTS:
+        assert_close(logprobs(again[name].logprobs), logprobs(together[name].logprobs), f"{name}'s logprobs")
+        assert_close(arena_of(tenants, name).gradients, gradients[name], f"{name}'s gradients")
+
+
 def test_recomputed_activations_train_the_same(tenants: Engine) -> None:
     """Bit for bit: the same operations run again."""
     engine = Engine(torch.device("cpu"), Limits(), recompute_activations=True)

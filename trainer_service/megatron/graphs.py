@@ -59,7 +59,8 @@ class Graphs:
         self._routing = routing
         self._rotary = rotary
         self._recordings: dict[_Shape, _Recording] = {}
-        # One after the other, all graphs can work in the same memory.
+        # One after the other, all graphs can work in the same memory. PyTorch cannot use a pool again after the last of
+        # its graphs is gone, so recordings stay.
         self._pool = torch.cuda.graph_pool_handle()
 
     def take(self, sequences: Sequence[PackedSequence]) -> bool:
