@@ -62,6 +62,7 @@ class World:
             max_sequences=256,
             max_model_len=512,
             kv_cache_bytes=1 << 30,
+            gpu_memory_utilization=None,
             await_trainer=False,
         )
         base = checkpoint.resolve(str(folder))

@@ -20,6 +20,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -88,6 +89,8 @@ class Engine:
                 "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
                 dtype="float32",
             )
+        elif config.gpu_memory_utilization is not None:
+            arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(checkpoint.folder),
@@ -108,6 +111,8 @@ class Engine:
                 **arguments,
             ),
             stat_loggers=[PrometheusStatLogger],
+            # Those who embed vLLM get small steps: 128 sequences and 2,048 tokens at most, a server 1,024 and 8,192.
+            usage_context=UsageContext.OPENAI_API_SERVER,
         )
         self._installs = 0
         self._request_ids = itertools.count()
@@ -143,9 +148,13 @@ class Engine:
             raise structure_invalid(structure, str(cause)) from cause
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, version: Version | None
+        self, prompt: Sequence[int], sampling: Sampling, version: Version | None, *, whole: bool = False
     ) -> AsyncGenerator[Delta]:
-        """Streams the completions' new tokens, those of all completions interleaved. Closing the iterator aborts."""
+        """Streams the completions' new tokens, those of all completions interleaved. Closing the iterator aborts.
+
+        `whole`: one delta per completion, all of them when the last has ended, so that most of vLLM's steps cost this
+        process nothing but detokenisation.
+        """
         temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
         if temperature == 0 and sampling.n > 1:
             # vLLM refuses equal completions. The likeliest token alone, at any temperature, is the greedy one.
@@ -169,7 +178,7 @@ class Engine:
             prompt_logprobs=sampling.prompt_logprobs,
             structured_outputs=_structured_outputs(sampling.structure),
             detokenize=self.llm.tokenizer is not None,
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
         )
         scored_prompt = sampling.prompt_logprobs is None
         async with self._request(prompt, parameters, version) as outputs:

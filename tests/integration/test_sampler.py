@@ -500,6 +500,19 @@ async def test_a_batch_gives_what_single_requests_give(stub, v1, v2):
     assert await active(stub) == (0, 0)
 
 
+async def test_a_batch_stops_where_single_requests_stop(stub):
+    ((_, ids, text, *_),) = await generate(stub, temperature=0, max_tokens=24)
+    for stop in ({"stop": [text.split()[3]]}, {"stop_token_ids": [ids[5]]}):
+        sampling = {"temperature": 0, "max_tokens": 24} | stop
+        ((_, *alone, finish),) = await generate(stub, **sampling)
+        (result,) = await batch(
+            stub, sampler_pb2.GenerateRequest(text=STORY, sampling=sampler_pb2.SamplingParams(**sampling))
+        )
+        (completion,) = result.completions
+        assert [list(completion.tokens), completion.text, list(completion.logprobs)] == alone
+        assert completion.finish_reason == finish == sampler_pb2.FINISH_REASON_STOP
+
+
 async def test_one_bad_request_keeps_the_whole_batch_out(stub, v2):
     fine = sampler_pb2.GenerateRequest(**PROMPT)
     for bad, reason, field in (
