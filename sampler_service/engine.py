@@ -89,8 +89,11 @@ class Engine:
                 "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
                 dtype="float32",
             )
-        elif config.gpu_memory_utilization is not None:
-            arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        else:
+            # Never more than the service admits: vLLM captures CUDA graphs and keeps memory for as many.
+            arguments["max_num_seqs"] = min(config.max_sequences, 1024)
+            if config.gpu_memory_utilization is not None:
+                arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(checkpoint.folder),
@@ -111,7 +114,7 @@ class Engine:
                 **arguments,
             ),
             stat_loggers=[PrometheusStatLogger],
-            # Those who embed vLLM get small steps: 128 sequences and 2,048 tokens at most, a server 1,024 and 8,192.
+            # Those who embed vLLM get small steps on a GPU: 2,048 tokens at most, and a server 8,192.
             usage_context=UsageContext.OPENAI_API_SERVER,
         )
         self._installs = 0
