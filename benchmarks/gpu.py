@@ -24,11 +24,11 @@ _START_SECONDS = 300.0  # engines load 16 GB, and compile
 _SAMPLES, _TRAINING = "benchmarks.gpu_sample", "benchmarks.gpu_train"
 PLANS = {
     "train.vs_peft": Plan(_TRAINING, "train", 60),
-    "train.cobatch8_vs_peft_swap": Plan(_TRAINING, "train", 60),
+    "train.cobatch8_vs_peft_swap": Plan(_TRAINING, "train", 120),
     "train.small_step": Plan(_TRAINING, "train", 60),
     "train.lora_overhead": Plan(_TRAINING, "train", 60),
     "train.cobatch8_vs_serial": Plan(_TRAINING, "train", 60),
-    "scale.tenants": Plan(_TRAINING, "train", 60),
+    "scale.tenants": Plan(_TRAINING, "train", 120),
     "sample.vs_vllm_1": Plan(_SAMPLES, "sample", 60),
     "sample.vs_vllm_4": Plan(_SAMPLES, "sample", 60),
     "push.cuda_ipc_vs_disk": Plan(_SAMPLES, "sample", 60, needs_gpu=True),

@@ -126,19 +126,19 @@ def tenants(quick: bool) -> Row:
     engine = train.loaded_engine(on.folder, on.device)
     data = train.random_data(engine, [length] * max(counts))
     rates = {}
-    for count in counts:
-        share = len(data) // count
-        with train.tenants(engine, count, rank) as names:
-            parts = [train.part(name, data[index * share :][:share]) for index, name in enumerate(names)]
+    with train.tenants(engine, max(counts), rank) as names:
+        for count in counts:
+            share = len(data) // count
+            parts = [train.part(name, data[index * share :][:share]) for index, name in enumerate(names[:count])]
             seconds = []
-            for _ in range(1 + on.repeats):
+            for _ in range(1 + 3):
                 started = time.perf_counter()
                 train.forward_backward(engine, parts)
                 on.finish()
                 seconds.append(time.perf_counter() - started)
-                for name in names:
+                for name in names[:count]:
                     engine.optim_step(name, train.STANDSTILL)
-        rates[count] = len(data) * length / statistics.median(seconds[1:])
+            rates[count] = len(data) * length / statistics.median(seconds[1:])
     note = ", ".join(f"{rate:,.0f} at {count}" for count, rate in rates.items())
     return Row(
         "scale.tenants",

@@ -30,6 +30,7 @@ class Work:
     new_tokens: int
     max_model_len: int
     vocab_size: int
+    kv_cache_bytes: int
     gpu_memory_utilization: float
     repeats: int
     prompt_tokens: int = 16
@@ -51,7 +52,6 @@ def measure(work: Work) -> dict[int, list[float]]:
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     on_cpu = current_platform.is_cpu()
-    memory = {"kv_cache_memory_bytes": 1 << 30} if on_cpu else {"gpu_memory_utilization": work.gpu_memory_utilization}
     llm = vllm.LLM(
         model=work.model,
         dtype="float32" if on_cpu else "bfloat16",
@@ -61,8 +61,10 @@ def measure(work: Work) -> dict[int, list[float]]:
         max_loras=len(work.adapters),
         max_lora_rank=work.rank,
         max_num_seqs=work.count,
+        max_num_batched_tokens=8192,  # as in the sampler, so that vLLM compiles the same once
         lora_target_modules=list(TARGET_MODULES),
-        **memory,
+        kv_cache_memory_bytes=work.kv_cache_bytes,
+        gpu_memory_utilization=work.gpu_memory_utilization,
     )
     adapters = [LoRARequest(Path(folder).name, 1 + index, folder) for index, folder in enumerate(work.adapters)]
     prompts = [vllm.TokensPrompt(prompt_token_ids=tokens) for tokens in work.prompts()]

@@ -55,6 +55,7 @@ class World:
         device: str,
         rank: int,
         *,
+        kv_cache_bytes: int = 1 << 30,
         gpu_memory_utilization: float | None = None,
         trainer_options: Sequence[str] = (),
         **settings: Any,
@@ -80,15 +81,14 @@ class World:
             keep_versions=2,
             max_sequences=128,
             max_model_len=max_model_len(base),
-            kv_cache_bytes=1 << 30,
+            kv_cache_bytes=kv_cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
             await_trainer=False,
             **settings,
         )
         tokenizer = Tokenizer(folder)
-        self.engine = Engine(config, base, tokenizer.present)
-        # Afterwards: vLLM takes what others allocate on its GPU while it starts for its own.
         self._trainer = subprocess.Popen(trainer)
+        self.engine = Engine(config, base, tokenizer.present)
 
         async def start() -> None:
             servicer = SamplerServicer()
@@ -101,6 +101,7 @@ class World:
             await self._server.start()
             self.sampler, self.trainer = AsyncSamplerClient(self.address), AsyncTrainerClient(trainer_address)
             self.run = await self._adapter()
+            await self._publish()
 
         self._loop.run(start())
         self.vocab_size = base.vocab_size
@@ -132,6 +133,15 @@ class World:
             if self._trainer.poll() is not None:
                 raise RuntimeError("the trainer has ended")
             await asyncio.sleep(0.5)
+
+    async def _publish(self) -> None:
+        """The first version, once the trainer has found the sampler: it starts earlier, and looks again later."""
+        while True:
+            with contextlib.suppress(UnavailableError):
+                await self.run.sync_adapter_to_vllm()
+                return
+            await asyncio.sleep(0.5)
+            self.run = await self.trainer.training_run("bench")
 
     def close(self) -> None:
         """Ends everything."""

@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 # Ranks for which vLLM reserves memory; others round up.
 _SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+_CPU_KV_CACHE_BYTES = 1 << 30
+
 # vLLM reports a completion that ended at a stop string before it tells its core to stop generating it. An adapter
 # that is dropped in between takes the core down, so that much time passes between the last report and the drop.
 _DROP_GRACE_SECONDS = 1.0
@@ -78,7 +80,7 @@ class Engine:
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {}
         if on_cpu:
-            arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes
+            arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or _CPU_KV_CACHE_BYTES
             arguments["max_num_batched_tokens"] = 512  # longer prompts take several steps, and others decode between
             # One process less: half a minute of imports, and a hop in every step. By class, since vLLM makes a process
             # of its own of "uni" on a CPU, in order to choose its number of threads; `environment` has done that.
@@ -94,6 +96,8 @@ class Engine:
             arguments["max_num_seqs"] = min(config.max_sequences, 1024)
             if config.gpu_memory_utilization is not None:
                 arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+            if config.kv_cache_bytes is not None:
+                arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(checkpoint.folder),

@@ -53,7 +53,8 @@ def rank_environment() -> dict[str, str]:
 
 def start_sampler(model: Path, *options: str, address: str | None = None, die_at: str = "") -> ServiceProcess:
     """Starts a sampler, on a free port unless told where, and does not wait for it. `die_at`: failpoints."""
-    share = ["--gpu-memory-utilization=0.08"] if device.name == "cuda" else []  # several share the GPU
+    # Several share the GPU.
+    share = ["--gpu-memory-utilization=0.1", "--kv-cache-gib=4"] if device.name == "cuda" else []
     return _start(
         "sampler_service",
         "tinkerbell.v1.SamplerService",

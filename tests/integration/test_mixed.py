@@ -1,7 +1,7 @@
 """Tenants that share a pass get what each would have got alone.
 
 Tolerance: 1e-5 relative in float32 for log-probabilities, gradients and the weights after five steps; with a bfloat16
-base model 2e-2, since a pass of another size rounds otherwise.
+base model 5e-2, since a pass of another size rounds otherwise.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from trainer_service.passes import Part, PartResult
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = device.tolerance(1e-5, 2e-2)
+TOLERANCE = device.tolerance(1e-5, 5e-2)
 STEPS = 5
 
 # rank, alpha, rsLoRA, modules (none: all seven), loss, learning rate
