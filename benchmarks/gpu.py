@@ -1,6 +1,6 @@
 """Measures on one GPU at the size of Llama-3.1-8B; shows the table, and writes JSON and plot after every row.
 
-make bench-gpu                                                       every row, under nine minutes on an H100
+make bench-gpu                                                       every row
 .venv/bin/python -m benchmarks.gpu --rows push.200,scale.tenants     some rows
 .venv/bin/python -m benchmarks.gpu --quick                           do they run? (tiny models, also without a GPU)
 

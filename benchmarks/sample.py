@@ -88,6 +88,7 @@ class World:
         )
         tokenizer = Tokenizer(folder)
         self._trainer = subprocess.Popen(trainer)
+        atexit.register(self._trainer.kill)  # should there be no engine to close
         self.engine = Engine(config, base, tokenizer.present)
 
         async def start() -> None:
