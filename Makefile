@@ -37,6 +37,18 @@ test-fast: $(STAMP) ## The tests that start no engine: under a minute
 bench: $(STAMP) $(SMOLLM2) ## Measure against the alternatives; table, JSON and plot in benchmarks/results
 	.venv/bin/python -W ignore -m benchmarks.run
 
+# Both run with any Python that has the packages: a host with a GPU and without a package registry has no .venv.
+PYTHON := .venv/bin/python
+GPU_TESTS := tests/integration/test_trainer_gpu.py tests/integration/test_mixed.py \
+  tests/integration/test_model_families.py tests/integration/test_trainer_references.py tests/e2e/test_loop.py \
+  tests/integration/test_trainer.py tests/integration/test_sampler.py tests/integration/test_openai_http.py
+
+bench-gpu: ## The same on one NVIDIA GPU, at the size of Llama-3.1-8B; PYTHON=... where there is no .venv
+	$(PYTHON) -W ignore -m benchmarks.gpu
+
+test-gpu: ## Tests of engines and services on a GPU; GPU_TESTS=... for some, PYTHON=... where there is no .venv
+	$(PYTHON) -m pytest --device cuda $(GPU_TESTS)
+
 lint: $(STAMP) ## ruff, mypy, yamllint, buf
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -63,4 +75,4 @@ clean: ## Remove outputs and caches, but neither .venv nor the models
 	rm -rf out build client/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup demo test test-fast test-faults bench lint protos lock clean
+.PHONY: help setup demo test test-fast test-faults test-gpu bench bench-gpu lint protos lock clean

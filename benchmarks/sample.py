@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
+import torch
 import transformers
 
 from benchmarks import harness
@@ -28,47 +29,69 @@ from benchmarks.harness import Row, Times
 from sampler_service import environment
 from sampler_service.config import SamplerConfig
 from service_common import checkpoint, rpc
+from service_common.checkpoint import Checkpoint
 from service_common.lora import TARGET_MODULES
-from tinkerbell import AsyncSamplerClient, AsyncTrainerClient, AsyncTrainingRun, Datum
+from tinkerbell import (
+    AsyncSamplerClient,
+    AsyncTrainerClient,
+    AsyncTrainingRun,
+    Datum,
+    FailedPreconditionError,
+    UnavailableError,
+)
 from tinkerbell.local import free_address
 from tinkerbell.v1 import sampler_pb2_grpc
 
-RANK, ALPHA = 16, 32
 PROMPT = [504, 1296, 3707, 282, 39361, 1643, 338]  # The three laws of thermodynamics say that
 STREAMS = 8
 
 
 class World:
-    """A sampler in this process, a trainer that publishes to it, and an adapter that is trained."""
+    """A sampler in this process, a trainer that publishes to it, and an adapter, "bench", that is trained."""
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        rank: int,
+        *,
+        kv_cache_bytes: int = 1 << 30,
+        gpu_memory_utilization: float | None = None,
+        trainer_options: Sequence[str] = (),
+        **settings: Any,
+    ):
+        """On a GPU both share it. `settings`: more of SamplerConfig."""
         environment.prepare()
         from sampler_service.engine import Engine  # noqa: PLC0415  (vLLM reads its environment when it is imported)
         from sampler_service.sampler import Sampler  # noqa: PLC0415
         from sampler_service.server import SamplerServicer  # noqa: PLC0415
         from sampler_service.tokenizer import Tokenizer  # noqa: PLC0415
 
-        self.folder = folder
+        self.folder, self.device, self.rank, self.alpha = folder, device, rank, 2 * rank
         self.address, trainer_address = free_address(), free_address()
         self._loop = asyncio.Runner()
-        trainer = [sys.executable, "-W", "ignore", "-m", "trainer_service", f"--model={folder}", "--device=cpu"]
-        self._trainer = subprocess.Popen([*trainer, f"--listen={trainer_address}", f"--sampler={self.address}"])
+        trainer = [sys.executable, "-W", "ignore", "-m", "trainer_service", f"--model={folder}", f"--device={device}"]
+        trainer += [f"--listen={trainer_address}", f"--sampler={self.address}", *trainer_options]
+        base = checkpoint.resolve(str(folder))
         config = SamplerConfig(
             model=str(folder),
-            dtype="float32",
-            max_rank=64,
+            dtype="float32" if device == "cpu" else "bfloat16",
+            max_rank=max(rank, 8),
             max_loras=4,
             keep_versions=2,
-            max_sequences=256,
-            max_model_len=512,
-            kv_cache_bytes=1 << 30,
+            max_sequences=128,
+            max_model_len=max_model_len(base),
+            kv_cache_bytes=kv_cache_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             await_trainer=False,
+            **settings,
         )
-        base = checkpoint.resolve(str(folder))
         tokenizer = Tokenizer(folder)
+        self._trainer = subprocess.Popen(trainer)
+        atexit.register(self._trainer.kill)  # should there be no engine to close
+        self.engine = Engine(config, base, tokenizer.present)
 
         async def start() -> None:
-            self.engine = Engine(config, base, tokenizer.present)
             servicer = SamplerServicer()
             servicer.attach(Sampler(config, base, self.engine, tokenizer))
             self._server = rpc.Server(
@@ -79,8 +102,10 @@ class World:
             await self._server.start()
             self.sampler, self.trainer = AsyncSamplerClient(self.address), AsyncTrainerClient(trainer_address)
             self.run = await self._adapter()
+            await self._publish()
 
         self._loop.run(start())
+        self.vocab_size = base.vocab_size
         self.tokens = [token % base.vocab_size for token in PROMPT]
 
     def do(self, work: Callable[[], Awaitable[Any]]) -> Any:
@@ -91,43 +116,82 @@ class World:
 
         return self._loop.run(call())
 
-    async def train(self) -> None:
-        """One step on 2 sequences of 64 tokens."""
+    async def train(self, count: int = 2, length: int = 64) -> None:
+        """One step on so many sequences."""
         rng = np.random.default_rng()
-        data = [Datum(*rng.integers(0, 1000, (2, 64)).astype(np.int32)) for _ in range(2)]
-        self.run.forward_backward(data)
+        sequences = rng.integers(0, self.vocab_size, (count, length + 1)).astype(np.int32)
+        self.run.forward_backward([Datum(tokens[:-1], tokens[1:]) for tokens in sequences])
         await self.run.optim_step(learning_rate=1e-3)
+
+    async def first_token(self) -> None:
+        """Of the latest version."""
+        await self.sampler.generate(self.tokens, adapter_id="bench", max_tokens=1, temperature=0)
 
     async def _adapter(self) -> AsyncTrainingRun:
         while True:
-            with contextlib.suppress(Exception):  # until the trainer has loaded
-                return await self.trainer.create_lora_adapter("bench", rank=RANK, alpha=ALPHA)
-            await asyncio.sleep(1)
+            with contextlib.suppress(UnavailableError, FailedPreconditionError):  # until the trainer has loaded
+                return await self.trainer.create_lora_adapter("bench", rank=self.rank, alpha=self.alpha)
+            if self._trainer.poll() is not None:
+                raise RuntimeError("the trainer has ended")
+            await asyncio.sleep(0.5)
+
+    async def _publish(self) -> None:
+        """The first version, once the trainer has found the sampler: it starts earlier, and looks again later."""
+        while True:
+            with contextlib.suppress(UnavailableError):
+                await self.run.sync_adapter_to_vllm()
+                return
+            await asyncio.sleep(0.5)
+            self.run = await self.trainer.training_run("bench")
 
     def close(self) -> None:
         """Ends everything."""
-        self._trainer.terminate()
+        self._trainer.kill()  # asked to end, it would wait for the sampler, whose event loop rests
         self.engine.shutdown()
         self._trainer.wait()
+
+
+def max_model_len(base: Checkpoint) -> int:
+    """Enough for every row."""
+    return min(512, base.max_sequence_length)
 
 
 @functools.cache
 def _world(quick: bool) -> World:
     """One for all rows, until the process ends."""
     name, *arguments = ("tiny-llama", "tiny", "llama") if quick else ("SmolLM2-135M-Instruct", "smollm2")
-    world = World(harness.model_folder(name, *arguments))
+    world = World(harness.model_folder(name, *arguments), "cpu", rank=16)
     atexit.register(world.close)
     return world
 
 
-class _Disk:
+class PeftAdapter:
+    """An adapter as PEFT holds it, with random weights, to be saved."""
+
+    def __init__(self, folder: Path, device: str, rank: int):
+        """In the sampler's dtype. Only the adapter has memory: the base model is not used."""
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        with torch.device("meta"):
+            base = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.from_pretrained(folder), dtype=dtype
+            )
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGET_MODULES))
+        self._model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+        for name, module in self._model.named_modules():
+            if name.endswith((".lora_A.default", ".lora_B.default")):
+                torch.nn.init.normal_(module.to_empty(device=device).weight, std=0.02)
+
+    def save(self, folder: Path) -> None:
+        """As `save_pretrained` does it."""
+        self._model.save_pretrained(str(folder))
+
+
+class Disk:
     """The way over the disk, as others go it: PEFT saves, vLLM loads from the folder."""
 
     def __init__(self, world: World):
-        self._world = world
-        base = transformers.AutoModelForCausalLM.from_pretrained(world.folder)
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGET_MODULES))
-        self._model = peft.get_peft_model(base, config)
+        self._llm = world.engine.llm
+        self._adapter = PeftAdapter(world.folder, world.device, world.rank)
         self._numbers = itertools.count(1)
 
     @contextlib.asynccontextmanager
@@ -138,16 +202,16 @@ class _Disk:
         number = next(self._numbers)
         folder = Path(tempfile.mkdtemp(prefix="tinkerbell-bench-"))
         try:
-            self._model.save_pretrained(str(folder))
+            self._adapter.save(folder)
             lora = LoRARequest(f"disk-{number}", number, str(folder))
-            await self._world.engine.llm.add_lora(lora)
+            await self._llm.add_lora(lora)
             yield lora
         finally:
             shutil.rmtree(folder)
-            await self._world.engine.llm.remove_lora(number)
+            await self._llm.remove_lora(number)
 
 
-async def _bare(world: World, lora: Any, max_tokens: int) -> None:
+async def bare_tokens(world: World, lora: Any, max_tokens: int) -> None:
     """Tokens from vLLM itself."""
     from vllm import SamplingParams  # noqa: PLC0415
     from vllm.inputs.engine import tokens_input  # noqa: PLC0415
@@ -169,28 +233,28 @@ _request_ids = itertools.count()
 def push_grpc_vs_disk(quick: bool) -> Row:
     """From trained weights to the first token of them."""
     world = _world(quick)
-    disk = _Disk(world)
+    disk = Disk(world)
 
     async def ours() -> None:
         await world.run.sync_adapter_to_vllm()
-        await world.sampler.generate(world.tokens, adapter_id="bench", max_tokens=1, temperature=0)
+        await world.first_token()
 
     async def baseline() -> None:
         async with disk.published() as lora:
-            await _bare(world, lora, 1)
+            await bare_tokens(world, lora, 1)
 
     times = harness.compare(
         lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick), lambda: world.do(world.train)
     )
     return times.row(
-        "push.grpc_vs_disk", f"rank {RANK}, all linear layers; PEFT's save_pretrained, then vLLM's loading"
+        "push.grpc_vs_disk", f"rank {world.rank}, all linear layers; PEFT's save_pretrained, then vLLM's loading"
     )
 
 
 def loop_memory_vs_disk(quick: bool) -> Row:
     """A training step, its weights to the sampler, 16 tokens from them."""
     world = _world(quick)
-    disk = _Disk(world)
+    disk = Disk(world)
 
     async def ours() -> None:
         await world.train()
@@ -200,7 +264,7 @@ def loop_memory_vs_disk(quick: bool) -> Row:
     async def baseline() -> None:
         await world.train()
         async with disk.published() as lora:
-            await _bare(world, lora, 16)
+            await bare_tokens(world, lora, 16)
 
     times = harness.compare(lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick))
     return times.row("loop.memory_vs_disk", "a step on 2 x 64 tokens, publish, 16 tokens")
@@ -217,7 +281,7 @@ def sample_vs_vllm(quick: bool) -> Row:
         assert all(result.completions[0].finish_reason for result in results)
 
     async def baseline() -> None:
-        await asyncio.gather(*(_bare(world, None, 32) for _ in range(STREAMS)))
+        await asyncio.gather(*(bare_tokens(world, None, 32) for _ in range(STREAMS)))
 
     times = harness.compare(lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick))
     return times.row("sample.vs_vllm", f"{STREAMS} completions of 32 tokens at once, client and server in one process")
@@ -244,7 +308,7 @@ def decode_during_push(quick: bool) -> Row:
             changed = {
                 name: array + rng.normal(0, 1e-3, array.shape).astype(np.float32) for name, array in weights.items()
             }
-            await world.sampler.push_adapter("pushed", next(versions), changed, rank=RANK, alpha=ALPHA)
+            await world.sampler.push_adapter("pushed", next(versions), changed, rank=world.rank, alpha=world.alpha)
             await asyncio.sleep(0.5)
 
     async def measured(pushes: bool) -> float:

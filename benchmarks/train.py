@@ -5,7 +5,9 @@ import ctypes
 import functools
 import gc
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import peft
 import torch
 import transformers
 
-from benchmarks import harness
+from benchmarks import bounds, harness
 from benchmarks.harness import Row
 from service_common import checkpoint
 from service_common.lora import TARGET_MODULES
@@ -25,34 +27,62 @@ from trainer_service.engine import Engine, Limits
 from trainer_service.losses import Loss, LossConfig
 from trainer_service.passes import Part, PartResult
 
-RANK, ALPHA = 16, 32
-NUM_TENANTS = 8
 # The steps that only clear gradients between measurements leave the weights as they are.
 STANDSTILL = AdamParams(learning_rate=0.0)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is measured on: a base model on a device, and adapters of one rank on all of its linear layers."""
+
+    folder: Path
+    device: torch.device
+    rank: int
+    repeats: int
+
+    @property
+    def tolerance(self) -> float:
+        """How far two correct losses may be apart, relatively: base weights are float32 or bfloat16."""
+        return 1e-4 if self.device.type == "cpu" else 1e-2
+
+    def finish(self) -> None:
+        """Waits until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def compare(
+        self, ours: Callable[[], object], baseline: Callable[[], object], between: Callable[[], object] = lambda: None
+    ) -> harness.Times:
+        """See harness.compare."""
+        return harness.compare(ours, baseline, self.repeats, between, self.finish)
+
+    def bound(self, engine: Engine, tokens: int, times: harness.Times, ours: Callable[[], object]) -> str:
+        """The end of a note: what bounds a pass on a GPU. `ours` runs once more; an adapter must be there."""
+        if self.device.type == "cpu":
+            return ""
+        assert engine.checkpoint is not None
+        parameters = engine.list_adapters()[0].num_parameters
+        return "; " + bounds.training(engine.checkpoint, parameters, tokens, statistics.median(times.ours), ours)
+
+
+def _setting(quick: bool) -> Setting:
+    """`quick`: a tiny random model, which proves nothing but that the rows run."""
+    name, *arguments = ("tiny-llama", "tiny", "llama") if quick else ("SmolLM2-135M-Instruct", "smollm2")
+    return Setting(harness.model_folder(name, *arguments), torch.device("cpu"), rank=16, repeats=2 if quick else 7)
+
+
 @functools.cache
-def _engine(quick: bool) -> Engine:
-    """One for all rows. `quick`: of a tiny random model, which proves nothing but that the rows run."""
-    engine = Engine(torch.device("cpu"), Limits())
-    engine.load_base_model(checkpoint.resolve(str(_folder(quick))), lambda stage: None)
+def loaded_engine(folder: Path, device: torch.device) -> Engine:
+    """One for all rows."""
+    engine = Engine(device, Limits())
+    engine.load_base_model(checkpoint.resolve(str(folder)), lambda stage: None)
     return engine
 
 
-def _folder(quick: bool) -> Path:
-    if quick:
-        return harness.model_folder("tiny-llama", "tiny", "llama")
-    return harness.model_folder("SmolLM2-135M-Instruct", "smollm2")
-
-
-def _repeats(quick: bool) -> int:
-    return 2 if quick else 7
-
-
 @contextlib.contextmanager
-def _tenants(engine: Engine, count: int) -> Iterator[list[str]]:
-    """Adapters of rank 16 on all linear layers, for the `with` block."""
-    config = common_pb2.LoraConfig(rank=RANK, alpha=ALPHA, target_modules=TARGET_MODULES)
+def tenants(engine: Engine, count: int, rank: int) -> Iterator[list[str]]:
+    """Adapters on all linear layers, for the `with` block."""
+    config = common_pb2.LoraConfig(rank=rank, alpha=2 * rank, target_modules=TARGET_MODULES)
     names = [f"tenant-{index}" for index in range(count)]
     for index, name in enumerate(names):
         engine.create_adapter(name, config, seed=index)
@@ -63,7 +93,7 @@ def _tenants(engine: Engine, count: int) -> Iterator[list[str]]:
             engine.remove_adapter(name)
 
 
-def _data(engine: Engine, lengths: Sequence[int]) -> list[Datum]:
+def random_data(engine: Engine, lengths: Sequence[int]) -> list[Datum]:
     """Random tokens, each position's target being the next token; the last has none."""
     assert engine.checkpoint is not None
     rng = np.random.default_rng(0)
@@ -76,11 +106,13 @@ def _data(engine: Engine, lengths: Sequence[int]) -> list[Datum]:
     return data
 
 
-def _part(adapter_id: str, data: Sequence[Datum]) -> Part:
+def part(adapter_id: str, data: Sequence[Datum]) -> Part:
+    """A ForwardBackward with the loss of language models."""
     return Part(adapter_id, data, Loss.CROSS_ENTROPY, LossConfig(), backward=True)
 
 
-def _forward_backward(engine: Engine, parts: Sequence[Part]) -> list[PartResult]:
+def forward_backward(engine: Engine, parts: Sequence[Part]) -> list[PartResult]:
+    """One pass. Raises a part's refusal."""
     results = engine.run_pass(parts)
     for result in results:
         if result.refusal:
@@ -88,38 +120,39 @@ def _forward_backward(engine: Engine, parts: Sequence[Part]) -> list[PartResult]
     return results
 
 
-def cobatch8_vs_serial(quick: bool, length: int, wanted: float) -> Row:
-    """Eight tenants with a sequence each: one pass against eight."""
-    engine = _engine(quick)
-    with _tenants(engine, NUM_TENANTS) as names:
-        data = _data(engine, [length] * NUM_TENANTS)
-        parts = [_part(name, [datum]) for name, datum in zip(names, data, strict=True)]
+def cobatch_vs_serial(setting: Setting, name: str, count: int, length: int, wanted: float) -> Row:
+    """Tenants with a sequence each: one pass against as many as there are tenants."""
+    engine = loaded_engine(setting.folder, setting.device)
+    with tenants(engine, count, setting.rank) as names:
+        data = random_data(engine, [length] * count)
+        parts = [part(tenant, [datum]) for tenant, datum in zip(names, data, strict=True)]
 
         def serial() -> None:
-            for part in parts:
-                _forward_backward(engine, [part])
+            for each in parts:
+                forward_backward(engine, [each])
 
         def clear() -> None:
-            for name in names:
-                engine.optim_step(name, STANDSTILL)
+            for tenant in names:
+                engine.optim_step(tenant, STANDSTILL)
 
-        times = harness.compare(lambda: _forward_backward(engine, parts), serial, _repeats(quick), clear)
-    note = f"{NUM_TENANTS} tenants x {length} tokens, one pass against {NUM_TENANTS}; at least {wanted} wanted"
-    return times.row(f"train.cobatch8_vs_serial_{length}", note)
+        times = setting.compare(lambda: forward_backward(engine, parts), serial, clear)
+        bound = setting.bound(engine, count * length, times, lambda: forward_backward(engine, parts))
+    note = f"{count} tenants x {length} tokens, one pass against {count}; at least {wanted} wanted{bound}"
+    return times.row(name, note)
 
 
 def packed_vs_padded(quick: bool) -> Row:
     """Sequences of mixed length back to back, against the same engine with all of them as long as the longest."""
-    engine = _engine(quick)
+    setting = _setting(quick)
+    engine = loaded_engine(setting.folder, setting.device)
     rng = np.random.default_rng(0)
     lengths = [int(length) for length in rng.lognormal(np.log(64), 0.8, 8).clip(16, 256)]
-    packed = _data(engine, lengths)
+    packed = random_data(engine, lengths)
     padded = [_padded(datum, max(lengths)) for datum in packed]
-    with _tenants(engine, 1) as (name,):
-        times = harness.compare(
-            lambda: _forward_backward(engine, [_part(name, packed)]),
-            lambda: _forward_backward(engine, [_part(name, padded)]),
-            _repeats(quick),
+    with tenants(engine, 1, setting.rank) as (name,):
+        times = setting.compare(
+            lambda: forward_backward(engine, [part(name, packed)]),
+            lambda: forward_backward(engine, [part(name, padded)]),
             lambda: engine.optim_step(name, STANDSTILL),
         )
     note = (
@@ -139,41 +172,58 @@ def _padded(datum: Datum, length: int) -> Datum:
     return Datum(fill(datum.tokens), fill(datum.target_tokens), inputs)
 
 
-def vs_peft(quick: bool) -> Row:
+def vs_peft(setting: Setting, name: str, count: int, length: int, wanted: float) -> Row:
     """One tenant's forward, backward and AdamW step, against PEFT's."""
-    engine = _engine(quick)
-    data = _data(engine, [128] * 8)
+    engine = loaded_engine(setting.folder, setting.device)
+    data = random_data(engine, [length] * count)
     params = AdamParams(learning_rate=1e-4)
-    theirs, step_name = _peft_step(_folder(quick), np.stack([datum.tokens for datum in data]), params)
-    with _tenants(engine, 1) as (name,):
+    theirs, step_name = _peft_step(setting, np.stack([datum.tokens for datum in data]), params)
+    with tenants(engine, 1, setting.rank) as (tenant,):
 
         def ours() -> float:
-            (result,) = _forward_backward(engine, [_part(name, data)])
-            engine.optim_step(name, params)
+            (result,) = forward_backward(engine, [part(tenant, data)])
+            engine.optim_step(tenant, params)
             return losses.metrics(result.sums)["loss:mean"]
 
         # Both begin with B = 0: unless they agree now, they don't compute the same.
         first, expected = ours(), theirs()
-        if abs(first - expected) > 1e-4 * expected:
+        if abs(first - expected) > setting.tolerance * expected:
             raise RuntimeError(f"the first loss is {first} and PEFT's is {expected}: not the same computation")
-        times = harness.compare(ours, theirs, _repeats(quick))
-    note = f"8 x 128 tokens, forward, backward, step; PEFT with SDPA and {step_name} AdamW; at least 1.0 wanted"
-    return times.row("train.vs_peft", note)
+        times = setting.compare(ours, theirs)
+        bound = setting.bound(engine, count * length, times, ours)
+    note = (
+        f"{count} x {length} tokens, forward, backward, step; PEFT with SDPA and {step_name} AdamW; at least {wanted} "
+        f"wanted{bound}"
+    )
+    return times.row(name, note)
 
 
-def _peft_step(folder: Path, tokens: np.ndarray, params: AdamParams) -> tuple[Callable[[], float], str]:
-    """A whole step with PEFT, which returns the mean loss, and which of PyTorch's AdamWs it uses: the faster one."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+@functools.cache
+def peft_model(folder: Path, device: torch.device, rank: int) -> peft.PeftModel:
+    """PEFT's model with adapter tenant-0. Base weights as in our engine, the adapter's in the same dtype: PEFT's faster
+    way.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", device_map=device
+    )
     # PEFT draws A as we do, B is zero.
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGET_MODULES), lora_dropout=0.0)
-    model = peft.get_peft_model(base, config).train()
-    batch = torch.from_numpy(tokens)  # of equal lengths, so it needs no mask, and SDPA takes its causal kernel
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGET_MODULES), lora_dropout=0.0)
+    return peft.get_peft_model(base, config, adapter_name="tenant-0", autocast_adapter_dtype=False).train()
 
-    def forward_backward() -> float:
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        return loss.item()
+
+def peft_forward_backward(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """The mean loss. `batch` [N, L] of equal lengths needs no mask, so that SDPA takes its causal kernel."""
+    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
+def _peft_step(setting: Setting, tokens: np.ndarray, params: AdamParams) -> tuple[Callable[[], float], str]:
+    """A whole step with PEFT, which returns the mean loss, and which of PyTorch's AdamWs it uses: the faster one."""
+    model = peft_model(setting.folder, setting.device, setting.rank)
+    batch = torch.from_numpy(tokens).to(setting.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def optimizer(kind: str) -> torch.optim.AdamW:
         return torch.optim.AdamW(
@@ -185,9 +235,9 @@ def _peft_step(folder: Path, tokens: np.ndarray, params: AdamParams) -> tuple[Ca
             **{kind: True},
         )
 
-    forward_backward()
+    peft_forward_backward(model, batch)
     before = [parameter.detach().clone() for parameter in trained]
-    times = harness.compare(optimizer("fused").step, optimizer("foreach").step, repeats=3)
+    times = harness.compare(optimizer("fused").step, optimizer("foreach").step, repeats=3, finish=setting.finish)
     with torch.no_grad():
         for parameter, values in zip(trained, before, strict=True):
             parameter.copy_(values)
@@ -196,28 +246,29 @@ def _peft_step(folder: Path, tokens: np.ndarray, params: AdamParams) -> tuple[Ca
 
     def step() -> float:
         chosen.zero_grad()
-        loss = forward_backward()
+        loss = peft_forward_backward(model, batch)
         chosen.step()
-        return loss
+        return loss.item()
 
     return step, kind
 
 
 def resident_adapter(quick: bool) -> Row:
     """The memory that the process gains with each adapter, against four float32 numbers a parameter."""
-    engine = _engine(quick)
+    setting = _setting(quick)
+    engine = loaded_engine(setting.folder, setting.device)
     count = 16
-    data = _data(engine, [4])
+    data = random_data(engine, [4])
 
     def train(name: str) -> None:
         """So that the system has really given the memory that was asked for."""
-        _forward_backward(engine, [_part(name, data)])
+        forward_backward(engine, [part(name, data)])
         engine.optim_step(name, STANDSTILL)
 
-    with _tenants(engine, 1) as names:
+    with tenants(engine, 1, setting.rank) as names:
         train(*names)
     before = _resident_bytes()
-    with _tenants(engine, count) as names:
+    with tenants(engine, count, setting.rank) as names:
         for name in names:
             train(name)
         ours = (_resident_bytes() - before) / count
@@ -237,10 +288,14 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _cobatch8(quick: bool, length: int, wanted: float) -> Row:
+    return cobatch_vs_serial(_setting(quick), f"train.cobatch8_vs_serial_{length}", 8, length, wanted)
+
+
 ROWS: dict[str, Callable[[bool], Row]] = {
-    "train.cobatch8_vs_serial_16": functools.partial(cobatch8_vs_serial, length=16, wanted=1.9),
-    "train.cobatch8_vs_serial_48": functools.partial(cobatch8_vs_serial, length=48, wanted=1.3),
-    "train.vs_peft": vs_peft,
+    "train.cobatch8_vs_serial_16": functools.partial(_cobatch8, length=16, wanted=1.9),
+    "train.cobatch8_vs_serial_48": functools.partial(_cobatch8, length=48, wanted=1.3),
+    "train.vs_peft": lambda quick: vs_peft(_setting(quick), "train.vs_peft", 8, 128, wanted=1.0),
     "train.packed_vs_padded": packed_vs_padded,
     "memory.resident_adapter": resident_adapter,
 }

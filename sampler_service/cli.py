@@ -40,7 +40,19 @@ def run(
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Longest sequence in tokens. As long as the model can, if not given.")
     ] = None,
-    kv_cache_gib: Annotated[float, typer.Option(min=0.01, help="Memory for keys and values, on a CPU only.")] = 1.0,
+    kv_cache_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Memory for keys and values. If not given, 1 on a CPU, and on a GPU what is left of vLLM's share.",
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Share of a GPU's memory to take, weights included. vLLM's default, if not given."
+        ),
+    ] = None,
     await_trainer: Annotated[
         bool, typer.Option(help="Report ready only when the trainer has brought every adapter up to date.")
     ] = False,
@@ -60,7 +72,8 @@ def run(
         keep_versions=keep_versions,
         max_sequences=max_sequences,
         max_model_len=max_model_len,
-        kv_cache_bytes=int(kv_cache_gib * (1 << 30)),
+        kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * (1 << 30)),
+        gpu_memory_utilization=gpu_memory_utilization,
         await_trainer=await_trainer,
     )
     sys.exit(asyncio.run(serve(config, listen, http, metrics, drain_seconds)))

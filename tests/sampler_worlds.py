@@ -107,6 +107,7 @@ class SamplerWorld:
             max_sequences=64,
             max_model_len=None,
             kv_cache_bytes=0,
+            gpu_memory_utilization=None,
             await_trainer=True,
         )
         self.engine = FakeEngine()

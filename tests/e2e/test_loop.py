@@ -1,11 +1,12 @@
 """The whole loop on real engines: train in Megatron, push in memory, sample in vLLM.
 
-Trainer and sampler score the same tokens alike: mean absolute difference at most 0.01 in float32.
+Trainer and sampler score the same tokens alike: mean absolute difference at most 0.01 in float32, 0.02 in bfloat16.
 """
 
 import asyncio
 import uuid
 
+import device
 import numpy as np
 import pytest
 import transformers
@@ -24,7 +25,7 @@ from tinkerbell.local import free_address
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 0.01
+TOLERANCE = device.tolerance(0.01, 0.02)
 PROMPT = "The secret word is"
 SECRET = " marmalade"
 
@@ -162,7 +163,7 @@ async def test_rank_above_the_samplers_maximum_is_named(trainer, sampler) -> Non
 
 
 async def test_without_a_sampler_nothing_is_published_and_training_goes_on(tiny_model) -> None:
-    service = start_trainer("--model", str(tiny_model), "--sampler", free_address(), "--device", "cpu")
+    service = start_trainer("--model", str(tiny_model), "--sampler", free_address())
     try:
         await asyncio.to_thread(wait_ready, service)
         async with AsyncTrainerClient(service.address) as client:

@@ -62,7 +62,7 @@ def alike(one: np.ndarray, other: np.ndarray) -> bool:
 async def test_a_sampler_that_is_killed_in_a_push_comes_back_whole(smollm2) -> None:
     """It is told apart by its log-probabilities, which are the trainer's of before the push."""
     sampler_address = free_address()
-    trainer = start_trainer(f"--model={smollm2}", "--device=cpu", f"--sampler={sampler_address}")
+    trainer = start_trainer(f"--model={smollm2}", f"--sampler={sampler_address}")
     services = [trainer]
 
     def start(point: str | None) -> ServiceProcess:
@@ -112,7 +112,7 @@ async def test_a_trainer_that_is_killed_in_a_push_leaves_all_samplers_at_one_who
 ) -> None:
     worlds = [await SamplerWorld(Checkpoint("model", tiny_model)).start() for _ in range(2)]
     samplers = [f"--sampler={world.address}" for world in worlds]
-    options = (f"--model={tiny_model}", "--device=cpu", f"--checkpoints={tmp_path}", *samplers)
+    options = (f"--model={tiny_model}", f"--checkpoints={tmp_path}", *samplers)
     trainer = start_trainer(*options, die_at=f"{point}:{IN_THE_SECOND_SYNC[point]}")
     services = [trainer]
     async with contextlib.AsyncExitStack() as cleanup:

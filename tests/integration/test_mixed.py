@@ -1,10 +1,12 @@
 """Tenants that share a pass get what each would have got alone.
 
-Tolerance: 1e-5 relative in float32 for log-probabilities, gradients and the weights after five steps.
+Tolerance: 1e-5 relative in float32 for log-probabilities, gradients and the weights after five steps; with a bfloat16
+base model 5e-2, since a pass of another size rounds otherwise.
 """
 
 from collections.abc import Sequence
 
+import device
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from trainer_service.passes import Part, PartResult
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = device.tolerance(1e-5, 5e-2)
 STEPS = 5
 
 # rank, alpha, rsLoRA, modules (none: all seven), loss, learning rate
@@ -39,7 +41,7 @@ TENANTS = {
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    loaded = Engine(torch.device("cpu"), Limits())
+    loaded = Engine(device.of_engine(), Limits())
     loaded.load_base_model(checkpoint.resolve(str(made_model("tiny-qwen3", "tiny", "qwen3"))), lambda stage: None)
     return loaded
 
@@ -53,7 +55,8 @@ def tenants(engine: Engine):
             engine.create_adapter(adapter_id, config, seed=number)
             weights = arena_of(engine, adapter_id).weights
             generator = torch.Generator().manual_seed(number)
-            weights += torch.empty_like(weights).normal_(0, 0.03, generator=generator)  # B too, which starts at zero
+            noise = torch.empty(weights.shape).normal_(0, 0.03, generator=generator)
+            weights += noise.to(weights.device)  # B too, which starts at zero
     yield engine
     for name in TENANTS:
         engine.remove_adapter(name)
@@ -76,7 +79,7 @@ def shared_pass(engine: Engine, data: dict[str, list[Datum]]) -> dict[str, PartR
 
 
 def assert_close(ours: np.ndarray | torch.Tensor, alone: np.ndarray | torch.Tensor, what: str) -> None:
-    difference, scale = (float(np.linalg.norm(np.asarray(values))) for values in (ours - alone, alone))
+    difference, scale = (float(torch.as_tensor(values).norm()) for values in (ours - alone, alone))
     assert difference <= TOLERANCE * scale, f"{what}: {difference / scale:.1e}"
 
 
@@ -93,7 +96,7 @@ def test_a_mixed_batch_equals_each_tenant_alone(tenants: Engine) -> None:
             assert_close(logprobs(together[name].logprobs), logprobs(alone.logprobs), f"{name}'s logprobs")
             assert together[name].sums.keys() == alone.sums.keys()
             for key, value in alone.sums.items():
-                assert together[name].sums[key] == pytest.approx(value, rel=TOLERANCE, abs=1e-6)
+                assert together[name].sums[key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE / 10)
             gradients, gradients_alone = (arena_of(tenants, i).gradients for i in (name, f"{name}-alone"))
             assert gradients_alone.norm() > 0
             assert_close(gradients, gradients_alone, f"{name}'s gradients")

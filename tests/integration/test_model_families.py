@@ -1,4 +1,7 @@
-"""Mixtures of experts, and checkpoints that are refused. Float32, on the CPU.
+"""Mixtures of experts, and checkpoints that are refused.
+
+Tolerance: 1e-5 in float32. With a bfloat16 base model 0.1, since a token may go to another expert of almost the same
+score when a pass has another size.
 
 What each family computes is compared by scripts/model_table.py, whose outcome is docs/models.md.
 """
@@ -7,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import device
 import numpy as np
 import pytest
 import torch
@@ -23,7 +27,7 @@ from trainer_service.engine import Engine, Limits
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-5
+TOLERANCE = device.tolerance(1e-5, 0.1)
 RANKS = {"alice": 4, "bob": 8, "carol": 16}
 LENGTHS = {"alice": (40, 7), "bob": (64,), "carol": (1, 30, 25)}
 
@@ -37,12 +41,13 @@ def data_of(adapter_id: str, vocab_size: int) -> list[Datum]:
 def engine(request) -> Engine:
     """With three adapters whose B is not zero."""
     folder = made_model(request.param, "tiny", request.param.removeprefix("tiny-"))
-    engine = Engine(torch.device("cpu"), Limits())
+    engine = Engine(device.of_engine(), Limits())
     engine.load_base_model(checkpoint.resolve(str(folder)), lambda stage: None)
     for seed, (adapter_id, rank) in enumerate(RANKS.items()):
         config = common_pb2.LoraConfig(rank=rank, alpha=16.0, target_modules=ATTENTION_MODULES)
         engine.create_adapter(adapter_id, config, seed=seed)
-        arena_of(engine, adapter_id).weights.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+        weights = arena_of(engine, adapter_id).weights
+        weights.copy_(torch.empty(weights.shape).normal_(std=0.1, generator=torch.Generator().manual_seed(seed)))
     return engine
 
 
@@ -76,7 +81,7 @@ def test_a_crowded_expert_drops_no_token(engine: Engine) -> None:
 def refused(tmp_path: Path, config: transformers.PretrainedConfig) -> str:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     with pytest.raises(ServiceError) as caught:
-        Engine(torch.device("cpu"), Limits()).load_base_model(
+        Engine(device.of_engine(), Limits()).load_base_model(
             checkpoint.resolve(str(tmp_path / "model")), lambda stage: None
         )
     return str(caught.value)
@@ -100,6 +105,7 @@ def test_what_would_compute_something_else_is_refused_by_name(tmp_path: Path, co
     assert culprit in refused(tmp_path, config)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
 def test_the_table_still_holds(architecture: str) -> None:
     tried = subprocess.run(

@@ -16,7 +16,7 @@ from rank_programs import layouts
 from trainer_service.checkpoints import CheckpointStore
 from trainer_service.parallel import Layout
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu_only]
 
 TOLERANCE = 1e-5
 

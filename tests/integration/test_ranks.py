@@ -18,7 +18,7 @@ from rank_programs import toy
 
 from trainer_service.ranks import Exit, Process
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu_only]
 
 # What a rank needs to notice that another is gone, plus what a busy machine adds.
 AT_ONCE = 5.0

@@ -1,4 +1,9 @@
-"""The sampler as a client sees it: one real process, SmolLM2, vLLM on whatever the host has."""
+"""The sampler as a client sees it: one real process, SmolLM2, vLLM.
+
+Log-probabilities are within 1e-3 of those that Hugging Face and PEFT compute in float32, and of the same ones computed
+beside other requests. In bfloat16 the former are within 0.1 in the mean and the latter within 0.25 each, and greedy
+tokens are the same up to a choice between two whose log-probabilities are that close.
+"""
 
 import asyncio
 import contextlib
@@ -10,6 +15,7 @@ import urllib.request
 from collections.abc import Iterable
 from itertools import islice
 
+import device
 import grpc
 import numpy as np
 import psutil
@@ -32,6 +38,8 @@ pytestmark = pytest.mark.engine
 
 Tokens = common_pb2.TokenSequence
 STORY = "Once upon a time, in a village by the sea,"
+ROUNDING = device.tolerance(1e-3, 0.25)
+REFERENCE = device.tolerance(1e-3, 0.1)  # in the mean
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +112,19 @@ async def scores(stub, tokens: list[int], adapter_id: str = "", version: int = 0
         )
     )
     whole, start = (tensors.decode(array) for array in response.logprobs)
-    np.testing.assert_allclose(start, whole[:4], atol=1e-3)
+    np.testing.assert_allclose(start, whole[:4], atol=ROUNDING)
     return response.served_by, whole
+
+
+async def assert_greedy_alike(stub, prompt: list[int], ours, expected, adapter_id: str = "", version: int = 0) -> None:
+    """The same tokens, up to a choice that rounding decides."""
+    at = device.first_difference(ours, expected)
+    if at is not None:
+        tried = [
+            (await scores(stub, [*prompt, *expected[:at], token], adapter_id, version))[1][-1]
+            for token in (ours[at], expected[at])
+        ]
+        assert abs(tried[0] - tried[1]) <= ROUNDING, f"token {at} is {ours[at]} and not {expected[at]}"
 
 
 async def refusal(call) -> tuple[grpc.StatusCode, error_details_pb2.ErrorInfo]:
@@ -169,7 +188,8 @@ async def live(stub) -> dict[str, list[int]]:
 async def test_the_base_model_is_what_was_asked_for(stub, checkpoint):
     info = await stub.GetBackendInfo(sampler_pb2.SamplerServiceGetBackendInfoRequest())
     assert info.base_model.fingerprint == checkpoint.fingerprint
-    assert info.base_model.dtype == common_pb2.DATA_TYPE_FLOAT32
+    assert info.base_model.dtype == tensors.dtype_from_name(device.dtype_name())
+    assert info.device == device.name
     assert info.base_model.max_sequence_length == 2048
     assert (info.max_rank, info.max_loras, info.keep_versions, info.max_sequences) == (64, 4, 2, 64)
     assert (info.active_requests, info.active_sequences) == (0, 0)
@@ -180,8 +200,8 @@ async def test_greedy_base_tokens_are_hugging_faces(stub, base, tokenizer, check
     prompt = tokenizer.encode(STORY)
     expected = base.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0, len(prompt) :].tolist()
     ((served_by, ids, text, _, finish),) = await generate(stub, temperature=0, max_tokens=24)
-    assert ids == expected
-    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    await assert_greedy_alike(stub, prompt, ids, expected)
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
     assert finish == sampler_pb2.FINISH_REASON_LENGTH
     assert (served_by.adapter_id, served_by.version, served_by.digest) == ("", 0, checkpoint.fingerprint)
 
@@ -189,7 +209,7 @@ async def test_greedy_base_tokens_are_hugging_faces(stub, base, tokenizer, check
 async def test_base_scores_are_hugging_faces(stub, base, tokenizer):
     prompt = tokenizer.encode(STORY)
     _, ours = await scores(stub, prompt)
-    np.testing.assert_allclose(ours, logprobs(base, prompt), atol=1e-3)
+    assert np.abs(ours - logprobs(base, prompt)).mean() <= REFERENCE
 
 
 async def test_a_pushed_adapter_scores_like_peft(stub, base, tokenizer, smollm2, v1):
@@ -197,8 +217,8 @@ async def test_a_pushed_adapter_scores_like_peft(stub, base, tokenizer, smollm2,
     served_by, ours = await scores(stub, prompt, "anna", 1)
     expected = logprobs(peft_model(smollm2, v1), prompt)
     assert (served_by.adapter_id, served_by.version, served_by.digest) == ("anna", 1, v1.manifest.digest)
-    assert np.abs(ours - expected).mean() < 0.001
-    assert np.abs(logprobs(base, prompt) - expected).mean() > 0.05
+    assert np.abs(ours - expected).mean() <= REFERENCE
+    assert np.abs(logprobs(base, prompt) - expected).mean() > device.tolerance(0.05, 0.2)
 
 
 async def test_two_versions_coexist_and_responses_say_which(stub, tokenizer, smollm2, v1, v2):
@@ -209,32 +229,40 @@ async def test_two_versions_coexist_and_responses_say_which(stub, tokenizer, smo
     assert (by_1.version, by_1.digest) == (1, v1.manifest.digest)
     assert (by_2.version, by_2.digest) == (2, v2.manifest.digest)
     assert by_latest == by_2
-    assert np.abs(first - logprobs(peft_model(smollm2, v1), prompt)).mean() < 0.001
-    assert np.abs(second - logprobs(peft_model(smollm2, v2), prompt)).mean() < 0.001
-    np.testing.assert_allclose(latest, second, atol=1e-4)
+    assert np.abs(first - logprobs(peft_model(smollm2, v1), prompt)).mean() <= REFERENCE
+    assert np.abs(second - logprobs(peft_model(smollm2, v2), prompt)).mean() <= REFERENCE
+    np.testing.assert_allclose(latest, second, atol=ROUNDING)
 
 
-async def test_everyone_in_a_mixed_batch_gets_what_they_get_alone(stub, v1, v2):
+async def test_everyone_in_a_mixed_batch_gets_what_they_get_alone(stub, tokenizer, v1, v2):
+    prompt = tokenizer.encode(STORY)
     askers = [("", 0), ("anna", 1), ("anna", 2)]
     alone = [await generate(stub, *asker, temperature=0, max_tokens=16, logprobs=0) for asker in askers]
     together = await asyncio.gather(
         *(generate(stub, *asker, temperature=0, max_tokens=16, logprobs=0) for asker in askers * 2)
     )
-    for one, many in zip(alone * 2, together, strict=True):
-        assert one[0][0] == many[0][0]
-        assert one[0][1] == many[0][1]
+    for asker, ((by, tokens, _, positions, _),), ((expected_by, expected, _, expected_positions, _),) in zip(
+        askers * 2, together, alone * 2, strict=True
+    ):
+        assert by == expected_by
+        await assert_greedy_alike(stub, prompt, tokens, expected, *asker)
+        same = slice(device.first_difference(tokens, expected))
         np.testing.assert_allclose(
-            [position.logprob for position in one[0][3]], [position.logprob for position in many[0][3]], atol=1e-3
+            [position.logprob for position in positions[same]],
+            [position.logprob for position in expected_positions[same]],
+            atol=ROUNDING,
         )
     assert len({tuple(completions[0][1]) for completions in alone}) == 3
 
 
-async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, checkpoint):
+async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, tokenizer, checkpoint):
     old = random_adapter(checkpoint, seed=11)
     await push(stub, old, "bert", 1)
-    ((_, expected, *_),) = await generate(stub, "bert", temperature=0, max_tokens=40)
+    # As many tokens as take longer than the pushes, none of which ends the text.
+    sampling = {"temperature": 0, "max_tokens": 40 if device.name == "cpu" else 1500, "logit_bias": {0: -100, 2: -100}}
+    ((_, expected, *_),) = await generate(stub, "bert", **sampling)
     request = sampler_pb2.GenerateRequest(
-        adapter_id="bert", text=STORY, sampling=sampler_pb2.SamplingParams(temperature=0, max_tokens=40)
+        adapter_id="bert", text=STORY, sampling=sampler_pb2.SamplingParams(**sampling)
     )
     call = aiter(stub.Generate(request))
     responses = [await anext(call)]
@@ -243,16 +271,19 @@ async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, checkp
     assert (await live(stub))["bert"] == [1, 3, 4]
     async for response in call:
         responses.append(response)
-    assert [token for response in responses for token in response.tokens] == expected
     assert {response.served_by.version for response in responses} == {1}
     assert (await live(stub))["bert"] == [3, 4]
+    tokens = [token for response in responses for token in response.tokens]
+    await push(stub, old, "bert-alone", 1)
+    await assert_greedy_alike(stub, tokenizer.encode(STORY), tokens, expected, "bert-alone")
+    await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert-alone"))
     unloaded = await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert"))
     assert list(unloaded.versions) == [3, 4]
     code, info = await refusal(stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert")))
     assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
 
-async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(stub, checkpoint):
+async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(stub, tokenizer, checkpoint):
     """Each stream's tokens are those of the same request alone on its version."""
     prompts = [STORY, "The three laws of thermodynamics say that", "To bake bread you need", "In the year 1905,"]
     sampling = sampler_pb2.SamplingParams(temperature=0, max_tokens=16)
@@ -281,7 +312,7 @@ async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(
         for version, prompt, tokens in results:
             if version == number:
                 ((_, alone, *_),) = await generate(stub, "fred-alone", text=prompt, temperature=0, max_tokens=16)
-                assert tokens == alone, (version, prompt)
+                await assert_greedy_alike(stub, tokenizer.encode(prompt), tokens, alone, "fred-alone", number)
     await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="fred-alone"))
 
 
@@ -303,7 +334,7 @@ async def test_a_prepared_version_scores_probes_before_it_is_live(stub, tokenize
             if info.reason == "PUSH_NOT_COMMITTED":
                 break
     _, served = await scores(stub, tokens, "gina")
-    np.testing.assert_allclose(probed[0], served, atol=1e-4)
+    np.testing.assert_allclose(probed[0], served, atol=ROUNDING)
     _, of_base = await scores(stub, tokens)
     assert np.abs(served - of_base).mean() > 0.05
     await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="gina"))
@@ -330,7 +361,7 @@ async def test_a_leased_version_is_served_however_many_newer_ones_come(stub, tok
         await push(stub, adapters[number - 1], "hugo", number)
     assert (await live(stub))["hugo"] == [1, 3, 4]
     _, after = await scores(stub, tokens, "hugo", 1)
-    np.testing.assert_allclose(after, before, atol=1e-4)
+    np.testing.assert_allclose(after, before, atol=ROUNDING)
     await stub.ReleaseLease(sampler_pb2.ReleaseLeaseRequest(lease_id=lease.lease_id))
     assert (await live(stub))["hugo"] == [3, 4]
     code, info = await refusal(stub.ReleaseLease(sampler_pb2.ReleaseLeaseRequest(lease_id=lease.lease_id)))
@@ -345,7 +376,7 @@ async def test_logprobs_are_the_models_own_at_any_temperature(stub, v1):
     for token, position, alone in zip(ids, positions, bare, strict=True):
         assert len(position.top) == 3
         assert not alone.top
-        assert alone.logprob == pytest.approx(position.logprob, abs=1e-4)
+        assert alone.logprob == pytest.approx(position.logprob, abs=ROUNDING)
         assert [entry.logprob for entry in position.top] == sorted((e.logprob for e in position.top), reverse=True)
         for entry in position.top:
             if entry.token == token:
@@ -408,7 +439,7 @@ async def test_prompt_logprobs_are_the_scores_and_come_once(stub, tokenizer, v1)
     assert not any(response.prompt_logprobs for response in responses[1:])
     assert all(len(position.top) == 2 for position in positions)
     _, expected = await scores(stub, tokens, "anna", 1)
-    assert [position.logprob for position in positions] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [position.logprob for position in positions] == pytest.approx(expected.tolist(), abs=ROUNDING)
 
 
 async def test_a_structure_is_kept_to(stub):
@@ -494,10 +525,23 @@ async def test_a_batch_gives_what_single_requests_give(stub, v1, v2):
             assert result.served_by == served_by
             assert (list(completion.tokens), completion.text, completion.finish_reason) == (ids, text, finish)
             assert [position.logprob for position in completion.logprobs] == pytest.approx(
-                [position.logprob for position in positions], abs=1e-3
+                [position.logprob for position in positions], abs=ROUNDING
             )
     assert sorted(result.index for result in results) == [0, 1, 2]
     assert await active(stub) == (0, 0)
+
+
+async def test_a_batch_stops_where_single_requests_stop(stub):
+    ((_, ids, text, *_),) = await generate(stub, temperature=0, max_tokens=24)
+    for stop in ({"stop": [text.split()[3]]}, {"stop_token_ids": [ids[5]]}):
+        sampling = {"temperature": 0, "max_tokens": 24} | stop
+        ((_, *alone, finish),) = await generate(stub, **sampling)
+        (result,) = await batch(
+            stub, sampler_pb2.GenerateRequest(text=STORY, sampling=sampler_pb2.SamplingParams(**sampling))
+        )
+        (completion,) = result.completions
+        assert [list(completion.tokens), completion.text, list(completion.logprobs)] == alone
+        assert completion.finish_reason == finish == sampler_pb2.FINISH_REASON_STOP
 
 
 async def test_one_bad_request_keeps_the_whole_batch_out(stub, v2):
@@ -551,7 +595,8 @@ async def test_logprobs_are_the_models_own_whatever_changes_its_choice(stub, tok
     changes = {"logit_bias": {42: 9.0}, "presence_penalty": 1.5, "repetition_penalty": 1.7, "min_p": 0.1, "top_p": 0.9}
     ((_, ids, _, positions, _),) = await generate(stub, seed=5, max_tokens=8, logprobs=0, **changes)
     _, whole = await scores(stub, [*prompt, *ids])
-    assert [position.logprob for position in positions] == pytest.approx(whole[len(prompt) - 1 :].tolist(), abs=1e-3)
+    expected = pytest.approx(whole[len(prompt) - 1 :].tolist(), abs=ROUNDING)
+    assert [position.logprob for position in positions] == expected
     # What a structure forbids is the one thing that is taken out before: one token is left here.
     ((_, ids, text, positions, _),) = await generate(stub, logprobs=0, regex="Q")
     _, whole = await scores(stub, [*prompt, *ids])
@@ -776,7 +821,7 @@ async def test_more_adapters_than_slots_all_keep_their_numbers(stub, sampler_met
         before[name] = await score(name)
     after = await asyncio.gather(*map(score, names))
     for name, again in zip(names, after, strict=True):
-        np.testing.assert_allclose(again, before[name], atol=1e-3)
+        np.testing.assert_allclose(again, before[name], atol=ROUNDING)
         await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id=name))
     assert len({tuple(numbers) for numbers in before.values()}) == 64
     await asyncio.sleep(3)  # counted every 2 s

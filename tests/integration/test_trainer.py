@@ -1,4 +1,8 @@
-"""The trainer as a client sees it: one real process, SmolLM2, Megatron on whatever the host has."""
+"""The trainer as a client sees it: one real process, SmolLM2, Megatron.
+
+Log-probabilities that are computed twice, in passes of other sizes or by PEFT in float32, are within 1e-5 and 1e-4 of
+each other in float32, and within 0.1 with a bfloat16 base model.
+"""
 
 import asyncio
 import contextlib
@@ -9,6 +13,7 @@ import urllib.request
 import uuid
 from typing import Any
 
+import device
 import grpc
 import numpy as np
 import peft
@@ -44,6 +49,7 @@ pytestmark = pytest.mark.engine
 DATUM = Datum(tokens=[1, 2, 3, 4], target_tokens=[2, 3, 4, 5])
 LONG_DATUM = Datum(tokens=range(400), target_tokens=range(1, 401))
 MODULES = ["q_proj", "down_proj"]
+ANOTHER_PASS = device.tolerance(1e-5, 0.1)
 
 
 def fresh_id() -> str:
@@ -75,20 +81,20 @@ async def test_backend_info_describes_the_model(client, smollm2) -> None:
     assert info.base_model.vocab_size == 49152
     assert info.base_model.num_parameters == 134_515_008
     assert info.versions["megatron-core"] == "0.19.2"
-    assert info.device == "cpu"
+    assert info.device == device.name
     assert dataclasses.astuple(info.parallelism) == (1, 1, 1, 1, False)
     assert info.max_resident_adapters == 3
 
 
 async def test_a_new_adapter_computes_what_the_base_computes_and_a_stepped_one_does_not(client, run) -> None:
     base = (await client.forward([DATUM])).logprobs[0]
-    assert np.allclose((await run.forward([DATUM])).logprobs[0], base, atol=1e-5)
+    assert np.allclose((await run.forward([DATUM])).logprobs[0], base, atol=ANOTHER_PASS)
     await run.forward_backward([DATUM])
     step = await run.optim_step(learning_rate=1e-2)
     assert step.step == 1
     assert step.grad_norm > 0
     assert np.abs((await run.forward([DATUM])).logprobs[0] - base).max() > 1e-2
-    assert np.allclose((await client.forward([DATUM])).logprobs[0], base, atol=1e-6)
+    assert np.allclose((await client.forward([DATUM])).logprobs[0], base, atol=device.tolerance(1e-6, 0.1))
 
 
 async def test_pipelined_operations_keep_their_order(client, run) -> None:
@@ -382,7 +388,7 @@ async def test_peft_reads_checkpoints_and_exported_folders(run, smollm2, tmp_pat
         theirs = logprobs(model.eval(), tokens)
         base = model.unload()
         assert np.abs(theirs - before).max() > 1e-2
-        assert np.allclose(ours, theirs, atol=1e-4)
+        assert np.allclose(ours, theirs, atol=device.tolerance(1e-4, 0.1))
 
 
 async def test_an_imported_adapter_computes_what_the_exported_one_does(client, run, tmp_path) -> None:
@@ -445,7 +451,7 @@ async def test_more_adapters_than_the_device_holds_train_as_if_each_was_alone(cl
         assert (await client.get_backend_info()).num_resident_adapters == 3
         together = await asyncio.gather(*(run.forward([DATUM]) for run in runs))
         for alone, shared in zip(logprobs, together, strict=True):
-            assert np.allclose(alone, shared.logprobs[0], atol=1e-5)
+            assert np.allclose(alone, shared.logprobs[0], atol=ANOTHER_PASS)
         again = [(await run.forward([DATUM])).logprobs[0] for run in runs]
         assert all(np.array_equal(first, second) for first, second in zip(logprobs, again, strict=True))
 
@@ -483,12 +489,13 @@ async def test_a_custom_loss_has_the_gradient_of_the_same_built_in_loss(client, 
 
     built_in = await run.forward_backward([weighted, ones])
     custom = await other.forward_backward_custom([weighted, ones], torch_loss(cross_entropy))
-    assert custom.metrics["loss:sum"] == pytest.approx(built_in.metrics["loss:sum"], rel=1e-5)
+    assert custom.metrics["loss:sum"] == pytest.approx(built_in.metrics["loss:sum"], rel=device.tolerance(1e-5, 1e-3))
     steps = [await each.optim_step(learning_rate=1e-3) for each in (run, other)]
-    assert steps[0].grad_norm == pytest.approx(steps[1].grad_norm, rel=1e-5)
+    assert steps[0].grad_norm == pytest.approx(steps[1].grad_norm, rel=device.tolerance(1e-5, 1e-2))
     first, second = [(await each.export_optimizer_state()).exp_avg for each in (run, other)]
+    rounding = device.tolerance(1e-6, 1e-2)
     assert all(
-        np.allclose(first[name], second[name], rtol=1e-3, atol=1e-6 * np.abs(first[name]).max()) for name in first
+        np.allclose(first[name], second[name], rtol=1e-3, atol=rounding * np.abs(first[name]).max()) for name in first
     )
     await other.remove()
 
@@ -540,7 +547,7 @@ async def test_metrics_count_passes_tenants_and_tokens(client, run, metrics_addr
 
 
 async def test_a_restart_restores_what_has_checkpoints_and_says_so(tiny_model, tmp_path) -> None:
-    options = (f"--model={tiny_model}", f"--checkpoints={tmp_path}", "--device=cpu")
+    options = (f"--model={tiny_model}", f"--checkpoints={tmp_path}")
     service = wait_ready(start_trainer(*options))
     try:
         async with AsyncTrainerClient(service.address) as client, grpc.aio.insecure_channel(service.address) as channel:
@@ -579,7 +586,7 @@ async def test_a_restart_restores_what_has_checkpoints_and_says_so(tiny_model, t
 
 
 async def test_an_empty_trainer_loads_on_request_and_drains_on_sigterm(tiny_model) -> None:
-    service = start_trainer("--device", "cpu")
+    service = start_trainer()
     try:
         async with asyncio.timeout(60):
             while await asyncio.to_thread(health, service, "") != health_pb2.HealthCheckResponse.SERVING:  # noqa: ASYNC110
@@ -611,7 +618,7 @@ async def test_an_empty_trainer_loads_on_request_and_drains_on_sigterm(tiny_mode
 
 
 async def test_sigterm_does_not_wait_for_a_model_that_is_loading(tiny_model) -> None:
-    service = start_trainer("--model", str(tiny_model), "--device", "cpu")
+    service = start_trainer("--model", str(tiny_model))
     try:
         async with asyncio.timeout(60):
             while await asyncio.to_thread(health, service, "") != health_pb2.HealthCheckResponse.SERVING:  # noqa: ASYNC110

@@ -14,7 +14,7 @@ from processes import ROOT, ServiceProcess, made_model, wait_ready
 from tinkerbell import AsyncTrainerClient, Datum, FailedPreconditionError, InvalidArgumentError
 from tinkerbell.local import free_address
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.cpu_only]
 
 DATA = [Datum(list(range(1, 20)), list(range(2, 21))), Datum([7, 8, 9], [8, 9, 10])]
 

@@ -1,11 +1,14 @@
-"""The trainer's numbers against Hugging Face and PEFT, float32, on the CPU.
+"""The trainer's numbers against Hugging Face and PEFT, which run in float32 on the CPU.
 
-Tolerances: 1e-4 absolute for logits (whose scale is 3 to 35), 1e-4 relative for gradients and trained weights.
+Tolerances in float32: 1e-4 absolute for logits (whose scale is 3 to 35), 1e-4 relative for gradients and trained
+weights. With a bfloat16 base model, of the norms: 2e-2 for logits, 1e-1 for the gradient of each tensor and for its
+weights after ten steps, most of which are signs of small gradients.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import device
 import numpy as np
 import peft
 import pytest
@@ -24,7 +27,7 @@ from trainer_service.engine import Engine, Limits
 
 pytestmark = pytest.mark.engine
 
-TOLERANCE = 1e-4
+TOLERANCE = device.tolerance(1e-4, 1e-1)
 RANK, ALPHA = 8, 24.0
 LENGTHS = (3, 40, 17, 1)  # 40 is longer than tiny-mistral's sliding window
 # The other families: docs/models.md.
@@ -71,7 +74,7 @@ class Trainee:
 
     def gradients(self, adapter_id: str) -> dict[str, torch.Tensor]:
         arena = arena_of(self.engine, adapter_id)
-        return {name: arena.view(arena.gradients, name).clone() for name in arena.names}
+        return {name: arena.view(arena.gradients, name).clone().cpu() for name in arena.names}
 
     def logits(self, batch: list[Datum], adapter_id: str = "") -> torch.Tensor:
         arena = arena_of(self.engine, adapter_id) if adapter_id else None
@@ -79,16 +82,17 @@ class Trainee:
         with torch.no_grad():
             from trainer_service.megatron.model import PackedSequence  # noqa: PLC0415  (after the engine has loaded)
 
-            return self.engine._model.logits(
+            logits = self.engine._model.logits(
                 [PackedSequence(arena, datum.tokens, datum.target_tokens) for datum in batch]
             )
+            return logits.cpu().float()
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def trainee(request) -> Trainee:
     name = request.param
     folder = made_model(name, *(["smollm2"] if name.startswith("Smol") else ["tiny", name.removeprefix("tiny-")]))
-    engine = Engine(torch.device("cpu"), Limits())
+    engine = Engine(device.of_engine(), Limits())
     found = checkpoint.resolve(str(folder))
     engine.load_base_model(found, lambda stage: None)
     return Trainee(engine, folder, found.vocab_size)
@@ -133,7 +137,10 @@ def test_base_logits_equal_hugging_face(trainee: Trainee) -> None:
         reference = trainee.reference()
         for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
             theirs = reference(torch.from_numpy(datum.tokens)[None]).logits[0]
-            assert (ours - theirs).abs().max() <= TOLERANCE
+            if device.name == "cpu":
+                assert (ours - theirs).abs().max() <= TOLERANCE
+            else:
+                assert relative_error(ours, theirs) <= 2e-2
 
 
 def test_export_gives_the_same_logits_in_peft_and_not_the_base_models(trainee: Trainee) -> None:
@@ -145,9 +152,9 @@ def test_export_gives_the_same_logits_in_peft_and_not_the_base_models(trainee: T
         for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
             tokens = torch.from_numpy(datum.tokens)[None]
             # Of the norm: on SmolLM2, whose logits reach 35, float32 itself is 1e-4 from float64 at single ones.
-            assert relative_error(ours, reference(tokens).logits[0]) <= TOLERANCE / 10
+            assert relative_error(ours, reference(tokens).logits[0]) <= device.tolerance(1e-5, 2e-2)
             with reference.disable_adapter():
-                assert (ours - reference(tokens).logits[0]).abs().max() > 100 * TOLERANCE
+                assert relative_error(ours, reference(tokens).logits[0]) > device.tolerance(1e-3, 4e-2)
     trainee.engine.remove_adapter("exported")
 
 
@@ -159,7 +166,7 @@ def test_gradients_of_every_module_equal_pefts(trainee: Trainee, modules) -> Non
     for batch in batches:
         ours = metrics(forward_backward(trainee.engine, "graded", batch))
         theirs = reference_loss(reference, batch)
-        assert ours["loss:sum"] == pytest.approx(theirs.item(), rel=TOLERANCE)
+        assert ours["loss:sum"] == pytest.approx(theirs.item(), rel=device.tolerance(1e-4, 1e-2))
         theirs.backward()
     expected = {
         name.replace(".default", ""): parameter.grad
@@ -219,6 +226,7 @@ def test_ten_adamw_steps_give_the_same_weights(trainee: Trainee) -> None:
     assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.cpu_only
 def test_with_adams_own_eps_the_adapter_is_near_float64s(trainee: Trainee) -> None:
     """Elements whose gradient is all rounding error then step by the sign of that error, in PEFT as in ours. So the
     judge is the same training in float64: the whole adapter is within 1e-4 of it, every tensor within 1e-3 (seen on

@@ -24,7 +24,10 @@ LIMIT = 4
 
 
 class FakeEngine:
-    """Completes prompt [t] with the tokens t, t + 1; the second comes once `release(t)` was called."""
+    """Completes prompt [t] with the tokens t, t + 1; the second comes once `release(t)` was called.
+
+    Deltas are the same for whole completions: whoever adds them up does not mind.
+    """
 
     def __init__(self):
         self.info = SimpleNamespace(device="cpu", dtype=common_pb2.DATA_TYPE_FLOAT32, max_model_len=16)
@@ -44,7 +47,7 @@ class FakeEngine:
     def check_structure(self, structure):
         raise structure_invalid(structure, "no")
 
-    async def generate(self, prompt, sampling, version):
+    async def generate(self, prompt, sampling, version, *, whole=False):
         (token,) = prompt
         self.running.append(token)
         try:
@@ -88,6 +91,7 @@ def sampler(checkpoint, engine) -> Sampler:
         max_sequences=LIMIT,
         max_model_len=16,
         kv_cache_bytes=0,
+        gpu_memory_utilization=None,
         await_trainer=False,
     )
     return Sampler(config, checkpoint, engine, Tokenizer(checkpoint.folder))

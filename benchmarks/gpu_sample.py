@@ -1,0 +1,306 @@
+"""Sampler and trainer on one GPU, in the shape of Llama-3.1-8B: pushes, the loop between both, samples, agreement.
+
+As on a CPU the sampler runs in this process and the trainer in its own; see sample.py.
+"""
+
+import asyncio
+import atexit
+import functools
+import inspect
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import bounds, harness
+from benchmarks.harness import Row
+from benchmarks.offline import Work
+from benchmarks.sample import Disk, PeftAdapter, World, bare_tokens, max_model_len
+from service_common import checkpoint
+from tinkerbell import AsyncTrainingRun, Verification
+from tinkerbell.results import SyncResult
+
+RANK = 32
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# 4 GiB hold 32,768 tokens, nearly twice what the rows need. With 16 GB of weights, adapters and graphs vLLM takes about
+# 24 of 80 GB. The trainer has what is left, and makes passes that leave room for its own 16.
+KV_CACHE_BYTES = (4 if ON_GPU else 1) << 30
+GPU_MEMORY_UTILIZATION = 0.3
+TRAINER_OPTIONS = ("--max-pass-tokens=2048",)
+# Weights that pass from the trainer to the sampler inside the GPU.
+CUDA_IPC = ON_GPU and "transport" in inspect.signature(AsyncTrainingRun.sync_adapter_to_vllm).parameters
+
+
+def _folder(quick: bool) -> Path:
+    return harness.model_folder(*(("tiny-llama", "tiny", "llama") if quick else ("random-llama-8b", "llama-8b")))
+
+
+@functools.cache
+def _world(folder: Path) -> World:
+    """One for all rows, until the process ends."""
+    settings: dict[str, Any] = {"cuda_ipc": True} if CUDA_IPC else {}
+    world = World(
+        folder,
+        DEVICE,
+        RANK,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        gpu_memory_utilization=GPU_MEMORY_UTILIZATION,
+        trainer_options=[*TRAINER_OPTIONS, *(["--cuda-ipc"] if CUDA_IPC else [])],
+        **settings,
+    )
+    atexit.register(world.close)
+    return world
+
+
+def _repeats(quick: bool) -> int:
+    return 2 if quick else 5
+
+
+# Samples
+
+
+@functools.cache
+def _adapters(quick: bool) -> list[Path]:
+    """PEFT folders that hold four adapters with random weights, until the process ends."""
+    parent = Path(tempfile.mkdtemp(prefix="tinkerbell-bench-"))
+    atexit.register(shutil.rmtree, parent)
+    folders = [parent / f"lora-{index}" for index in range(4)]
+    for folder in folders:
+        PeftAdapter(_folder(quick), DEVICE, RANK).save(folder)
+    return folders
+
+
+@functools.cache
+def _offline(quick: bool) -> tuple[Work, dict[str, list[float]]]:
+    """What vLLM does by itself, measured before our engine starts."""
+    base = checkpoint.resolve(str(_folder(quick)))
+    work = Work(
+        model=str(_folder(quick)),
+        adapters=[str(folder) for folder in _adapters(quick)],
+        rank=RANK,
+        count=8 if quick else 128,
+        new_tokens=8 if quick else 128,
+        max_model_len=max_model_len(base),
+        vocab_size=base.vocab_size,
+        kv_cache_bytes=KV_CACHE_BYTES,
+        gpu_memory_utilization=GPU_MEMORY_UTILIZATION,
+        repeats=2 if quick else 3,
+    )
+    with tempfile.NamedTemporaryFile() as out:
+        subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.offline", work.json(), out.name], check=True)
+        return work, json.loads(Path(out.name).read_text())
+
+
+def sample_vs_vllm(quick: bool, adapters: int) -> Row:
+    """Many completions at once, over gRPC, and from vLLM's own class for batches."""
+    work, theirs = _offline(quick)
+    reading = 2 * checkpoint.resolve(work.model).num_parameters / bounds.bandwidth() if ON_GPU else 0
+    torch.cuda.empty_cache()  # the engines need it
+    world = _world(_folder(quick))
+    prompts = work.prompts()
+
+    async def ours() -> int:
+        batches = await asyncio.gather(
+            *(
+                world.sampler.generate_batch(
+                    prompts[index::adapters], adapter_id=f"lora-{index}", max_tokens=work.new_tokens, temperature=0
+                )
+                for index in range(adapters)
+            )
+        )
+        return sum(len(completion.tokens) for batch in batches for result in batch for completion in result.completions)
+
+    for index in range(adapters):
+        world.do(functools.partial(_push, world, _adapters(quick)[index]))
+    rates, seconds = [], []
+    for _ in range(1 + work.repeats):
+        started = time.perf_counter()
+        tokens = world.do(ours)
+        seconds.append(time.perf_counter() - started)
+        rates.append(tokens / seconds[-1])
+    step = statistics.median(seconds[1:]) / work.new_tokens
+    note = (
+        f"{work.count} x {work.new_tokens} tokens, {adapters} of rank {RANK}; GenerateBatch against vLLM's LLM "
+        f"class; at least 0.95 wanted; {step * 1e3:.1f} ms a step, {reading * 1e3:.1f} ms to read the weights"
+    )
+    return Row(
+        f"sample.vs_vllm_{adapters}",
+        statistics.median(rates[1:]),
+        statistics.median(theirs[str(adapters)]),
+        "tokens/s",
+        note,
+    )
+
+
+async def _push(world: World, folder: Path) -> None:
+    weights = {
+        name.replace(".default", ""): tensor.float().numpy()
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    await world.sampler.push_adapter(folder.name, 1, weights, rank=RANK, alpha=2 * RANK)
+
+
+# Pushes
+
+
+async def _synced(world: World, transport: str = "") -> SyncResult:
+    """Publishes, by this transport or by the trainer's choice."""
+    options: dict[str, Any] = {"transport": transport} if transport and CUDA_IPC else {}
+    result = await world.run.sync_adapter_to_vllm(**options)
+    if transport and result.transport != transport:
+        raise RuntimeError(f"the weights went by {result.transport} and not by {transport}")
+    return result
+
+
+def push_vs_disk(quick: bool, transport: str, wanted: float) -> Row:
+    """From trained weights to the first token of them."""
+    if transport == "cuda_ipc" and not CUDA_IPC:
+        raise RuntimeError("these services have no CUDA IPC")
+    world = _world(_folder(quick))
+    disk = Disk(world)
+    syncs, sent = [], []
+
+    async def ours() -> None:
+        started = time.perf_counter()
+        result = await _synced(world, transport)
+        syncs.append(time.perf_counter() - started)
+        sent.append(result.sent_bytes)
+        await world.first_token()
+
+    async def baseline() -> None:
+        async with disk.published() as lora:
+            await bare_tokens(world, lora, 1)
+
+    times = harness.compare(
+        lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick), lambda: world.do(world.train)
+    )
+    sync = statistics.median(syncs[1:])
+    token = statistics.median(times.ours) - sync
+    note = (
+        f"{sent[-1] / 1e6:.0f} MB; PEFT's save_pretrained, then vLLM's loading; at least {wanted} wanted; SyncAdapter "
+        f"{sync * 1e3:.1f} ms, the first token, a step of the model, {token * 1e3:.1f} ms"
+    )
+    return times.row(f"push.{transport}_vs_disk", note)
+
+
+def loop_memory_vs_disk(quick: bool) -> Row:
+    """An iteration of reinforcement learning: samples, a training step on as much, its weights to the sampler."""
+    world = _world(_folder(quick))
+    disk = Disk(world)
+    sequences, length, streams, new_tokens = (2, 32, 2, 4) if quick else (4, 2048, 8, 16)
+    parts: dict[str, list[float]] = {"train": [], "sync": [], "generate": []}
+
+    async def timed(part: str, work) -> None:
+        started = time.perf_counter()
+        await work
+        parts[part].append(time.perf_counter() - started)
+
+    async def ours() -> None:
+        await timed("train", world.train(sequences, length))
+        await timed("sync", _synced(world))
+        batch = world.sampler.generate_batch(
+            [world.tokens] * streams, adapter_id="bench", max_tokens=new_tokens, temperature=0
+        )
+        await timed("generate", batch)
+
+    async def baseline() -> None:
+        await world.train(sequences, length)
+        async with disk.published() as lora:
+            await asyncio.gather(*(bare_tokens(world, lora, new_tokens) for _ in range(streams)))
+
+    times = harness.compare(lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick))
+    medians = ", ".join(f"{part} {statistics.median(seconds[1:]):.3f} s" for part, seconds in parts.items())
+    note = (
+        f"a step on {sequences} x {length} tokens, publish, {streams} x {new_tokens} tokens: training takes about as "
+        f"long as the way over the disk and sampling a fifth; at least 1.76 wanted; {medians}"
+    )
+    return times.row("loop.memory_vs_disk", note)
+
+
+def repeated_pushes(quick: bool) -> Row:
+    """What two services have in memory and open before and after 200 pushes."""
+    world = _world(_folder(quick))
+    count = 5 if quick else 200
+
+    async def pushes(number: int) -> None:
+        for _ in range(number):
+            await world.train(1, 16)
+            await _synced(world)
+        await asyncio.sleep(3)  # a version that nobody uses goes after a second
+
+    world.do(functools.partial(pushes, count // 5))  # until pools and caches have their size
+    before = _usage()
+    world.do(functools.partial(pushes, count))
+    after = _usage()
+    changes = ", ".join(f"{name} {before[name]:,.0f} to {after[name]:,.0f}" for name in before)
+    return Row(
+        "push.200",
+        after["device MB"] + after["host MB"],
+        before["device MB"] + before["host MB"],
+        "MB",
+        f"memory after and before {count} pushes of new weights; wanted: no growth; {changes}",
+    )
+
+
+def _usage() -> dict[str, float]:
+    """Of this process, the sampler's engine and the trainer; of the device all that is taken."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    free, total = torch.cuda.mem_get_info() if ON_GPU else (0, 0)
+    return {
+        "device MB": (total - free) / 1e6,
+        "host MB": sum(process.memory_full_info().pss for process in processes) / 1e6,
+        "file descriptors": sum(process.num_fds() for process in processes),
+        "shared memory files": len(os.listdir("/dev/shm")),
+    }
+
+
+# Agreement
+
+
+def parity(quick: bool, name: str) -> Row:
+    """How far the trainer's and the sampler's log-probabilities of the same tokens are apart after three steps."""
+    folder = _folder(quick)
+    if name == "smollm2" and not quick:
+        folder = harness.model_folder("SmolLM2-135M-Instruct", "smollm2")
+    world = _world(folder)
+    rng = np.random.default_rng(0)
+    sequences = rng.integers(0, world.vocab_size, (4, 32 if quick else 256))
+
+    async def compared():
+        for _ in range(3):
+            await world.train()
+        await _synced(world)
+        return await world.run.verify_adapter(Verification(list(sequences), tolerance=1.0))
+
+    (replica,) = world.do(compared).replicas
+    if replica.difference is None:
+        raise RuntimeError(replica.error)
+    note = (
+        f"mean difference of trainer and sampler over {replica.difference.tokens} tokens with an adapter, largest "
+        f"{replica.difference.max:.3g}; the baseline is what is allowed"
+    )
+    return Row(f"parity.{name}", replica.difference.mean, 0.02, "nats", note)
+
+
+ROWS = {
+    "sample.vs_vllm_1": functools.partial(sample_vs_vllm, adapters=1),
+    "sample.vs_vllm_4": functools.partial(sample_vs_vllm, adapters=4),
+    "push.grpc_vs_disk": functools.partial(push_vs_disk, transport="grpc", wanted=3),
+    "push.cuda_ipc_vs_disk": functools.partial(push_vs_disk, transport="cuda_ipc", wanted=25),
+    "loop.memory_vs_disk": loop_memory_vs_disk,
+    "parity.llama_8b": functools.partial(parity, name="llama_8b"),
+    "push.200": repeated_pushes,
+    "parity.smollm2": functools.partial(parity, name="smollm2"),
+}
