@@ -121,7 +121,6 @@ class Engine:
             # Those who embed vLLM get small steps on a GPU: 2,048 tokens at most, and a server 8,192.
             usage_context=UsageContext.OPENAI_API_SERVER,
         )
-        self._installs = 0
         self._request_ids = itertools.count()
         self._drops: set[asyncio.Task[None]] = set()
         model = self.llm.model_config
@@ -223,35 +222,26 @@ class Engine:
         )
 
     async def install(self, version: Version) -> None:
-        """Brings a version's tensors into every worker and proves that vLLM can load it; or leaves nothing anywhere.
+        """Brings a version into every worker and into a slot of its layers; or leaves nothing anywhere.
 
         INVALID_ARGUMENT when a number is not finite.
         """
-        layout = [
-            (spec.name, tensors.dtype_name(spec.dtype), list(spec.shape), spec.offset)
-            for spec in version.manifest.tensors
-        ]
         try:
             answers = await self._on_all_ranks(
-                "tinkerbell_stage",
+                "tinkerbell_install",
+                version.lora_name,
+                version.lora_id,
                 version.uri,
                 version.payload.path,
                 version.payload.size_bytes,
-                version.lora.rank,
-                version.lora.alpha,
-                layout,
+                version.layout,
             )
-            for rank, (count, not_finite) in enumerate(answers):
-                if not_finite:
-                    raise errors.invalid_argument(
-                        "TENSOR_NOT_FINITE",
-                        f"tensor {not_finite!r}, scaled and rounded to this sampler's dtype, has an infinity or a NaN",
-                        tensor=not_finite,
-                    )
-                if count != len(layout):
-                    raise RuntimeError(f"rank {rank} has stored {count} of {len(layout)} tensors of {version.uri}")
-            self._installs += 1
-            await self.llm.add_lora(lora_request(version))
+            if not_finite := next(filter(None, answers), ""):
+                raise errors.invalid_argument(
+                    "TENSOR_NOT_FINITE",
+                    f"tensor {not_finite!r}, scaled and rounded to this sampler's dtype, has an infinity or a NaN",
+                    tensor=not_finite,
+                )
         except BaseException:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
             raise
@@ -269,7 +259,7 @@ class Engine:
 
     async def reloads(self) -> int:
         """How often vLLM has loaded a version again that it had evicted; of the rank where that was most often."""
-        return max(await self._on_all_ranks("tinkerbell_loads")) - self._installs
+        return max(await self._on_all_ranks("tinkerbell_reloads"))
 
     def shutdown(self) -> None:
         """Ends vLLM's processes. Takes seconds and blocks."""

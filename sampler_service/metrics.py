@@ -31,7 +31,7 @@ class Metrics:
         """Counts what happens in vLLM's workers, until it is cancelled."""
         counted = 0
         while True:
-            reloads = max(counted, await self._engine.reloads())  # one less while a version is being installed
+            reloads = await self._engine.reloads()
             self._reloads.inc(reloads - counted)
             counted = reloads
             await asyncio.sleep(_COUNTING_SECONDS)

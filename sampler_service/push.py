@@ -1,13 +1,14 @@
 """A version on its way in: announced, received, proven, ready on every rank, live; or gone without a trace."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from sampler_service.staging import StagingBuffer
+from sampler_service.staging import StagingPool
 from sampler_service.versions import Registry, Version
 from service_common import errors, failpoints
 from service_common.checkpoint import Checkpoint
@@ -31,7 +32,10 @@ class AlreadyLive:
 
 
 class Pushes:
-    """Opens pushes, one at a time per adapter."""
+    """Opens pushes, one at a time per adapter.
+
+    staging: where payloads gather.
+    """
 
     def __init__(self, checkpoint: Checkpoint, max_rank: int, registry: Registry, install: Install, drop: Drop):
         """`checkpoint`: the base model; `max_rank`: the largest rank that a push may have."""
@@ -40,7 +44,9 @@ class Pushes:
         self._registry = registry
         self._install = install
         self._drop = drop
+        self.staging = StagingPool()
         self._open: set[str] = set()
+        self._checked = functools.lru_cache(maxsize=64)(self._check)  # every push of an adapter has the same layout
 
     def begin(self, adapter_id: str, version: int, manifest: common_pb2.AdapterManifest) -> "Push | AlreadyLive":
         """Checks what is announced and reserves the adapter. The caller must `close` the push.
@@ -51,7 +57,7 @@ class Pushes:
         check_adapter_id(adapter_id)
         if version < 1:
             raise errors.invalid_argument("VERSION_INVALID", "versions count from 1", field="version", version=version)
-        check_manifest(manifest, self._checkpoint, self._max_rank)
+        config, layout = self._checked(payload.layout(manifest))
         if live := self._already_live(adapter_id, version, manifest.digest):
             return AlreadyLive(live)
         if adapter_id in self._open:
@@ -64,12 +70,20 @@ class Pushes:
             adapter_id=adapter_id,
             version=version,
             manifest=manifest,
-            payload=StagingBuffer(manifest.size_bytes),
-            lora=normalized(manifest.lora, self._max_rank),
+            payload=self.staging.take(manifest.size_bytes),
+            lora=config,
+            layout=layout,
         )
         push = Push(announced, self._registry, self._install, self._drop, lambda: self._open.remove(adapter_id))
         self._open.add(adapter_id)
         return push
+
+    def _check(self, layout: bytes) -> tuple[common_pb2.LoraConfig, bytes]:
+        """What is announced, the adapter's shape with every field set."""
+        manifest = common_pb2.AdapterManifest.FromString(layout)
+        check_manifest(manifest, self._checkpoint, self._max_rank)
+        manifest.lora.CopyFrom(normalized(manifest.lora, self._max_rank))
+        return manifest.lora, payload.layout(manifest)
 
     def _already_live(self, adapter_id: str, version: int, digest: str) -> Version | None:
         latest = self._registry.latest(adapter_id)

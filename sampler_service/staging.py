@@ -1,7 +1,9 @@
-"""Memory where a payload gathers until it is whole, readable by vLLM's workers."""
+"""Memory where a payload gathers until it is whole, and stays as long as its version, readable by vLLM's workers."""
 
+import collections
 import mmap
 import os
+from collections.abc import Callable
 
 
 class StagingBuffer:
@@ -10,8 +12,8 @@ class StagingBuffer:
     A file in /dev/shm would stay behind when this process is killed in the middle of a push.
     """
 
-    def __init__(self, size_bytes: int):
-        """`size_bytes` above 0. OSError when the host has no memory for it."""
+    def __init__(self, size_bytes: int, give_back: Callable[["StagingBuffer"], None]):
+        """`size_bytes` above 0; `give_back` is what `close` calls. OSError when the host has no memory for it."""
         self._descriptor = os.memfd_create("tinkerbell-push", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._descriptor, size_bytes)
@@ -20,6 +22,7 @@ class StagingBuffer:
             os.close(self._descriptor)
             raise
         self.size_bytes = size_bytes
+        self._give_back = give_back
 
     @property
     def path(self) -> str:
@@ -27,6 +30,39 @@ class StagingBuffer:
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def close(self) -> None:
-        """Gives the memory back, whoever still refers to `view`; nobody may touch it any more."""
+        """Ends its use by one version. Neither this process nor a worker may touch it any more."""
+        self._give_back(self)
+
+    def free(self) -> None:
+        """Gives the memory back to the system, whoever still refers to `view`."""
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
+
+
+class StagingPool:
+    """Buffers that are used again: the first touch of new memory takes several times as long as copying into it.
+
+    used_bytes: in buffers that have been taken and not been closed.
+    """
+
+    MAX_FREE = 4  # an adapter that is pushed again and again needs two beside its live versions
+
+    def __init__(self) -> None:
+        self.used_bytes = 0
+        self._free: collections.deque[StagingBuffer] = collections.deque()
+
+    def take(self, size_bytes: int) -> StagingBuffer:
+        """A buffer of this size, above 0, with anything in it. OSError when the host has no memory for it."""
+        buffer = next((free for free in self._free if free.size_bytes == size_bytes), None)
+        if buffer is None:
+            buffer = StagingBuffer(size_bytes, self._give_back)
+        else:
+            self._free.remove(buffer)
+        self.used_bytes += size_bytes
+        return buffer
+
+    def _give_back(self, buffer: StagingBuffer) -> None:
+        self.used_bytes -= buffer.size_bytes
+        self._free.append(buffer)
+        if len(self._free) > self.MAX_FREE:
+            self._free.popleft().free()

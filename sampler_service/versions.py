@@ -29,6 +29,7 @@ class Version:
     adapter_id, version: as in AdapterVersion.
     manifest, payload: as they were pushed. The version owns the payload, which is freed with it.
     lora: rank, alpha and target modules, all of them set.
+    layout: that of the manifest with this `lora`; see tinkerbell.payload.
     lora_id: never used twice in the life of this process.
     """
 
@@ -37,6 +38,7 @@ class Version:
     manifest: common_pb2.AdapterManifest
     payload: StagingBuffer
     lora: common_pb2.LoraConfig
+    layout: bytes
     lora_id: int = field(default_factory=lambda: next(_lora_ids))
 
     @property

@@ -1,52 +1,92 @@
 """What runs inside each vLLM worker: adapters from memory instead of from disk.
 
-vLLM loads an adapter from a folder, and offers no other way. Its loader stays as it is; the two functions that it
-reads a folder with answer from a store in the worker's memory when the path is one of ours. The store is the truth,
-and vLLM's caches above it may evict and load again as they like.
+vLLM loads an adapter from a folder, and offers no other way. Its manager is replaced by one that knows a second kind of
+path, the URI of a version that was pushed. The store behind these is the truth, and vLLM's caches above it may evict
+and load again as they like.
 """
 
-import inspect
+import collections
+import functools
 import mmap
+import os
+import weakref
 from typing import Any
 
 import torch
-import vllm.lora.worker_manager
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms import current_platform
+from vllm.v1.worker import lora_model_runner_mixin
 
 from sampler_service import cpu_lora
+from sampler_service.adapter_slots import Layout, SlotManager, StoredAdapter
+from sampler_service.staging import StagingPool
 from sampler_service.versions import URI_PREFIX
 
-# uri -> (PEFT's adapter_config, tensors by PEFT name)
-_store: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
+
+class SharedBuffers:
+    """The service's staging buffers, mapped into this process. They come again, and mapping one takes long."""
+
+    def __init__(self) -> None:
+        self._mapped: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self._latest: collections.deque[torch.Tensor] = collections.deque(maxlen=2 * StagingPool.MAX_FREE)
+
+    def open(self, path: str, size_bytes: int) -> torch.Tensor:
+        """uint8 [size_bytes]: the memory behind `path`."""
+        with open(path, "r+b") as file:
+            key = os.fstat(file.fileno()).st_ino  # a path may soon mean another buffer
+            buffer = self._mapped.get(key)
+            if buffer is None:
+                buffer = torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=torch.uint8)
+                self._mapped[key] = buffer
+        self._latest.append(buffer)
+        return buffer
 
 
-class _StoredPEFTHelper(PEFTHelper):
-    @classmethod
-    def from_local_dir(cls, lora_path, *args, **kwargs):
-        if not lora_path.startswith(URI_PREFIX):
-            return PEFTHelper.from_local_dir(lora_path, *args, **kwargs)
-        if lora_path not in _store:
-            raise FileNotFoundError(lora_path)
-        return PEFTHelper.from_dict(_store[lora_path][0])
+class StoreLoRAManager(LRUCacheWorkerLoRAManager):
+    """Loads adapters from `store` when their path is a key of it.
+
+    reloads: how often it has loaded one that it had loaded before.
+    """
+
+    _manager_cls = SlotManager
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.store: dict[str, StoredAdapter] = {}
+        self.reloads = 0
+        self.buffers = SharedBuffers()
+        self.layout = functools.lru_cache(maxsize=64)(Layout)
+
+    def install(self, request: LoRARequest, adapter: StoredAdapter) -> str:
+        """Stores an adapter and gives it a slot; or answers with the name of a tensor that is not finite."""
+        adapter.on_device = adapter.payload.to(self.device)
+        if culprit := adapter.layout.not_finite(adapter.on_device, self.lora_config.lora_dtype):
+            return culprit
+        self.store[request.lora_path] = adapter
+        self.add_adapter(request)
+        adapter.on_device = None
+        return ""
+
+    def drop(self, uri: str, lora_id: int) -> None:
+        """Forgets an adapter, if it is there."""
+        self.store.pop(uri, None)
+        self.remove_adapter(lora_id)
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        if not lora_request.lora_path.startswith(URI_PREFIX):
+            return super()._load_adapter(lora_request)
+        if lora_request.lora_path not in self.store:
+            raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path)
+        adapter = self.store[lora_request.lora_path]
+        self.reloads += adapter.on_device is None
+        return adapter
 
 
-class _StoredLoRAModel(LoRAModel):
-    loads = 0  # for the first time or again
-
-    @classmethod
-    def from_local_checkpoint(cls, lora_dir, expected_lora_modules, **kwargs):
-        if not lora_dir.startswith(URI_PREFIX):
-            return super().from_local_checkpoint(lora_dir, expected_lora_modules, **kwargs)
-        _StoredLoRAModel.loads += 1
-        accepted = inspect.signature(LoRAModel.from_lora_tensors).parameters
-        return cls.from_lora_tensors(
-            tensors=_store[lora_dir][1], **{name: value for name, value in kwargs.items() if name in accepted}
-        )
-
-
-vllm.lora.worker_manager.PEFTHelper = _StoredPEFTHelper
+# This module is imported before the worker makes its manager, by the name that is replaced.
+lora_model_runner_mixin.LRUCacheWorkerLoRAManager = StoreLoRAManager
 if current_platform.is_cpu():
     cpu_lora.use_grouped_lora()
 
@@ -56,47 +96,23 @@ class LoraWorkerExtension:
 
     model_runner: Any  # the worker's own
 
-    def tinkerbell_stage(
-        self,
-        uri: str,
-        path: str,
-        size_bytes: int,
-        rank: int,
-        alpha: float,
-        specs: list[tuple[str, str, list[int], int]],
-    ) -> tuple[int, str]:
-        """Copies a payload into the store; `specs` are (PEFT name, dtype, shape, offset in bytes).
+    def tinkerbell_install(
+        self, lora_name: str, lora_id: int, uri: str, path: str, size_bytes: int, layout: bytes
+    ) -> str:
+        """Installs the payload in the file at `path`, which must neither change nor go before `tinkerbell_drop`.
 
-        Answers with the number of tensors it has stored, and the name of one that is not finite in this model's
-        dtype, in which case it stores nothing.
+        `layout`: as Layout takes it. Answers with the name of a tensor that is not finite in this model's dtype,
+        in which case nothing is installed, and otherwise with "".
         """
-        manager = self.model_runner.lora_manager
-        manager._lora_model_cls = _StoredLoRAModel
-        lora_dtype = manager.lora_config.lora_dtype
-        tensors = {}
-        with open(path, "rb") as file:
-            # A private mapping: PyTorch wants to be able to write, and nobody must.
-            buffer = mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY)
-        for name, dtype, shape, offset in specs:
-            count = torch.Size(shape).numel()
-            tensor = torch.frombuffer(buffer, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
-            if ".lora_B." in name:
-                # Folded in once, in float32, since vLLM would multiply in the rounded dtype and in place.
-                tensor = tensor.float() * (alpha / rank)
-            tensor = tensor.to(lora_dtype, copy=True)
-            if not tensor.isfinite().all():
-                return 0, name
-            tensors[name] = tensor
-        modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
-        # alpha = rank is a scale of 1: nothing left for vLLM to multiply.
-        _store[uri] = ({"r": rank, "lora_alpha": rank, "target_modules": modules}, tensors)
-        return len(tensors), ""
+        manager: StoreLoRAManager = self.model_runner.lora_manager
+        parsed = manager.layout(layout)
+        adapter = StoredAdapter(lora_id, parsed, manager.buffers.open(path, size_bytes).view(parsed.dtype))
+        return manager.install(LoRARequest(lora_name, lora_id, uri), adapter)
 
-    def tinkerbell_loads(self) -> int:
-        """How often vLLM has loaded an adapter from the store of this worker."""
-        return _StoredLoRAModel.loads
+    def tinkerbell_reloads(self) -> int:
+        """How often this worker has loaded an adapter again that vLLM had evicted."""
+        return self.model_runner.lora_manager.reloads
 
     def tinkerbell_drop(self, uri: str, lora_id: int) -> None:
         """Forgets an adapter, if it is there. No request may run on it or wait for it."""
-        _store.pop(uri, None)
-        self.model_runner.lora_manager.remove_adapter(lora_id)
+        self.model_runner.lora_manager.drop(uri, lora_id)

@@ -160,8 +160,7 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
             moments = {name: factor * array for name, array in self.weights.items()}
             manifest, whole = adapter.pack(moments, self.lora, self.fingerprint)
             yield trainer_pb2.ExportOptimizerStateResponse(**{field: manifest})
-            for chunk in payload.chunks(whole):
-                chunk.crc32 ^= self.damage == "bit"
+            for chunk in self._chunks(whole):
                 yield trainer_pb2.ExportOptimizerStateResponse(chunk=chunk)
 
     async def ExportAdapterWeights(self, request, context):
@@ -170,11 +169,16 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
         if self.damage == "digest":
             manifest.digest = "0" * 64
         yield trainer_pb2.ExportAdapterWeightsResponse(manifest=manifest)
-        for chunk in payload.chunks(whole):
+        for chunk in self._chunks(whole):
             if self.damage == "cut" and chunk.offset:
                 return
-            chunk.crc32 ^= self.damage == "bit"
             yield trainer_pb2.ExportAdapterWeightsResponse(chunk=chunk)
+
+    def _chunks(self, whole):
+        for chunk in payload.chunks(whole):
+            if self.damage == "bit":
+                chunk.data = bytes([chunk.data[0] ^ 1]) + chunk.data[1:]
+            yield chunk
 
     async def SyncAdapter(self, request, context):
         answer = trainer_pb2.SyncAdapterResponse(version=7, digest="d", transport="TRANSPORT_GRPC", sent_bytes=10)

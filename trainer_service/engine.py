@@ -61,6 +61,16 @@ class Adapter:
     # A ForwardBackward is under way that has had one of several passes; and the gradient before it, None for zero.
     in_call: bool = False
     gradients_before: torch.Tensor | None = None
+    _manifests: dict[common_pb2.DataType, common_pb2.AdapterManifest] = field(default_factory=dict)
+
+    def manifest(self, dtype: common_pb2.DataType, base_model: str) -> common_pb2.AdapterManifest:
+        """Of the adapter in this dtype, without a digest. `base_model`: its fingerprint."""
+        if dtype not in self._manifests:
+            shapes = [(name, self.arena.shape(name)) for name in self.arena.names]
+            self._manifests[dtype] = payload.build_manifest(self.config, shapes, dtype, base_model)
+        manifest = common_pb2.AdapterManifest()
+        manifest.CopyFrom(self._manifests[dtype])
+        return manifest
 
     def begin_call(self) -> None:
         """Before each pass of a ForwardBackward; the first one counts."""
@@ -359,12 +369,8 @@ class Engine:
         """Describes all optimizers in order of creation, without their tensors."""
         return [self.optimizer_state(adapter_id, tensors=False) for adapter_id in self._adapters]
 
-    def snapshot(self, adapter_id: str, dtype: common_pb2.DataType, *, plain: bool = False) -> Snapshot:
-        """Copies the weights under their PEFT names, as float32 or bfloat16. NOT_FOUND, INVALID_ARGUMENT.
-
-        `plain`: of one rank and with the scale alpha / rank, as every LoRA implementation has it, whatever the
-        adapter's own rank_pattern, alpha_pattern and use_rslora are; the product of the tensors is the same.
-        """
+    def snapshot(self, adapter_id: str, dtype: common_pb2.DataType) -> Snapshot:
+        """Copies the weights under their PEFT names, as float32 or bfloat16. NOT_FOUND, INVALID_ARGUMENT."""
         adapter = self._adapter(adapter_id)
         if dtype not in TORCH_DTYPES:
             raise errors.invalid_argument(
@@ -372,23 +378,16 @@ class Engine:
                 f"dtype {dtype} is not one of DATA_TYPE_FLOAT32 and DATA_TYPE_BFLOAT16",
                 field="dtype",
             )
-        arena = adapter.arena
-        self._residency.use([arena])
-        config, flat = adapter.config, self._gather(arena, arena.weights)
-        shapes = {name: arena.shape(name) for name in arena.names}
-        if plain:
-            config, shapes, flat = _plain(config, shapes, flat)
-        return self._pack(config, shapes, flat, dtype)
+        self._residency.use([adapter.arena])
+        return self._pack(adapter, adapter.arena.weights, dtype)
 
     def moments(self, adapter_id: str) -> tuple[Snapshot, Snapshot]:
         """Copies both AdamW moments, float32, under the PEFT names of the weights they belong to. NOT_FOUND."""
         adapter = self._adapter(adapter_id)
         arena = adapter.arena
         self._residency.use([arena])
-        shapes = {name: arena.shape(name) for name in arena.names}
         first, second = (
-            self._pack(adapter.config, shapes, self._gather(arena, buffer), common_pb2.DATA_TYPE_FLOAT32)
-            for buffer in (arena.exp_avg, arena.exp_avg_sq)
+            self._pack(adapter, buffer, common_pb2.DATA_TYPE_FLOAT32) for buffer in (arena.exp_avg, arena.exp_avg_sq)
         )
         return first, second
 
@@ -413,21 +412,19 @@ class Engine:
         return math.sqrt(square) if torch.isfinite(square) else float(square)
 
     def _gather(self, arena: Arena, buffer: torch.Tensor) -> torch.Tensor:
-        """One of the arena's buffers, whole and in payload order: float32 [num_parameters], on all ranks."""
+        """One of the arena's buffers, whole and in payload order: float32 [num_parameters], on all ranks.
+
+        It may be the buffer itself.
+        """
         whole = arena.whole(buffer)
         if self._place.model.size > 1:
             distributed.all_reduce(whole, group=self._place.model.group)
         return whole
 
-    def _pack(
-        self,
-        config: common_pb2.LoraConfig,
-        shapes: Mapping[str, tuple[int, int]],
-        flat: torch.Tensor,
-        dtype: common_pb2.DataType,
-    ) -> Snapshot:
-        manifest = payload.build_manifest(config, shapes.items(), dtype, self._loaded()[0].fingerprint)
-        content = memoryview(flat.to(TORCH_DTYPES[dtype]).cpu().view(torch.uint8).numpy())
+    def _pack(self, adapter: Adapter, buffer: torch.Tensor, dtype: common_pb2.DataType) -> Snapshot:
+        manifest = adapter.manifest(dtype, self._loaded()[0].fingerprint)
+        flat = self._gather(adapter.arena, buffer).to(TORCH_DTYPES[dtype], copy=True)
+        content = memoryview(flat.cpu().view(torch.uint8).numpy())
         manifest.digest = payload.digest(manifest, content)
         return Snapshot(manifest, content)
 
@@ -493,31 +490,5 @@ def _load(arena: Arena, tensors: Tensors) -> None:
 def _named(arena: Arena, flat: torch.Tensor) -> dict[str, np.ndarray]:
     """Cuts what `_gather` returns into tensors by name."""
     sizes = [math.prod(arena.shape(name)) for name in arena.names]
-    parts = flat.cpu().split(sizes)
+    parts = flat.to("cpu", copy=True).split(sizes)
     return {name: part.view(arena.shape(name)).numpy() for name, part in zip(arena.names, parts, strict=True)}
-
-
-def _plain(
-    config: common_pb2.LoraConfig, shapes: Mapping[str, tuple[int, int]], flat: torch.Tensor
-) -> tuple[common_pb2.LoraConfig, dict[str, tuple[int, int]], torch.Tensor]:
-    """The same adapter without patterns and rsLoRA: ranks filled up with zeros, scales moved into B."""
-    rank = max([config.rank, *config.rank_pattern.values()])
-    alpha = config.alpha * math.sqrt(config.rank) if config.use_rslora else config.alpha
-    if not (config.rank_pattern or config.alpha_pattern):
-        plain = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=config.target_modules)
-        return plain, dict(shapes), flat
-    plain = common_pb2.LoraConfig(rank=rank, alpha=rank, target_modules=config.target_modules)
-    plain_shapes = {}
-    tensors = []
-    for (name, (rows, columns)), part in zip(
-        shapes.items(), flat.split([math.prod(shape) for shape in shapes.values()]), strict=True
-    ):
-        tensor = part.view(rows, columns)
-        if ".lora_A." in name:
-            tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rank - rows))
-        else:
-            scale = lora.module_scale(config, lora.path_of(name))
-            tensor = torch.nn.functional.pad(tensor * scale, (0, rank - columns))
-        plain_shapes[name] = (tensor.shape[0], tensor.shape[1])
-        tensors.append(tensor.reshape(-1))
-    return plain, plain_shapes, torch.cat(tensors)

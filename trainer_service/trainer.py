@@ -246,7 +246,7 @@ class Trainer:
         publisher = self._publisher()
         self._entry(adapter_id)
         dtype = await publisher.data_type()
-        snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype, plain=True)
+        snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype)
         probe = await self._probe(adapter_id, verify) if verify else None
         step = (await self._info(adapter_id)).step
         turn.pass_on()

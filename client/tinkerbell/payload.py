@@ -4,11 +4,12 @@ The payload is all tensors back to back; `protos/tinkerbell/v1/common.proto` (Ad
 digest. Export and push use the same frames, so this module serves client, trainer and sampler alike.
 """
 
-import hashlib
+import functools
 import math
 import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+
+from blake3 import blake3
 
 from tinkerbell import tensors
 from tinkerbell.v1 import common_pb2
@@ -70,8 +71,25 @@ def check_layout(manifest: common_pb2.AdapterManifest) -> None:
         raise PayloadError(f"the tensors take {offset} bytes, and the manifest says {manifest.size_bytes}")
 
 
+def layout(manifest: common_pb2.AdapterManifest) -> bytes:
+    """The manifest without its digest, serialized; the same for all adapters of one shape on one base model.
+
+    What takes long per tensor and depends on nothing else is worth keeping by this.
+    """
+    bare = common_pb2.AdapterManifest()
+    bare.CopyFrom(manifest)
+    bare.ClearField("digest")
+    return bare.SerializeToString(deterministic=True)
+
+
 def digest_header(manifest: common_pb2.AdapterManifest) -> bytes:
     """The text that the digest covers before the payload."""
+    return _header(layout(manifest))
+
+
+@functools.lru_cache(maxsize=64)
+def _header(serialized: bytes) -> bytes:
+    manifest = common_pb2.AdapterManifest.FromString(serialized)
     lora = manifest.lora
     scaling = "rslora" if lora.use_rslora else "lora"
     lines = [
@@ -91,18 +109,20 @@ def _exact(number: float) -> str:
 
 
 def digest(manifest: common_pb2.AdapterManifest, payload: bytes | memoryview) -> str:
-    """sha256 over header and payload, in lower-case hexadecimal."""
-    sha = hashlib.sha256(digest_header(manifest))
-    sha.update(payload)
-    return sha.hexdigest()
+    """The digest of an adapter; `manifest` need not have it yet. Large payloads take all cores."""
+    return digest_of(manifest, blake3(payload, max_threads=blake3.AUTO).digest())
+
+
+def digest_of(manifest: common_pb2.AdapterManifest, payload_hash: bytes) -> str:
+    """The same from the payload's 32-byte BLAKE3."""
+    return blake3(digest_header(manifest) + payload_hash).hexdigest()
 
 
 def chunks(payload: bytes | memoryview) -> Iterator[common_pb2.PayloadChunk]:
     """Cuts the payload into chunks of `CHUNK_BYTES`."""
     view = memoryview(payload)
     for offset in range(0, len(view), CHUNK_BYTES):
-        data = bytes(view[offset : offset + CHUNK_BYTES])
-        yield common_pb2.PayloadChunk(offset=offset, data=data, crc32=zlib.crc32(data))
+        yield common_pb2.PayloadChunk(offset=offset, data=bytes(view[offset : offset + CHUNK_BYTES]))
 
 
 class Receiver:
@@ -112,30 +132,28 @@ class Receiver:
         """`buffer`: writable, `manifest.size_bytes` long."""
         self._manifest = manifest
         self._buffer = memoryview(buffer)
-        self._sha = hashlib.sha256(digest_header(manifest))
+        self._hash = blake3()
         self.received = 0
 
     def add(self, chunk: common_pb2.PayloadChunk) -> None:
-        """PayloadError when the chunk is damaged, out of order or too much."""
+        """PayloadError when the chunk is out of order or too much."""
         if chunk.offset != self.received:
             raise PayloadError(f"expected the chunk at offset {self.received}, got the one at {chunk.offset}")
-        end = chunk.offset + len(chunk.data)
+        data = chunk.data  # a new object every time
+        end = chunk.offset + len(data)
         if end > self._manifest.size_bytes:
             raise PayloadError(
                 f"the chunk at offset {chunk.offset} ends at {end}, "
                 f"after the announced {self._manifest.size_bytes} bytes"
             )
-        if zlib.crc32(chunk.data) != chunk.crc32:
-            raise PayloadError(f"the chunk at offset {chunk.offset} does not have its crc32; send it again")
-        self._buffer[chunk.offset : end] = chunk.data
-        self._sha.update(chunk.data)
+        self._buffer[chunk.offset : end] = data
+        self._hash.update(data)
         self.received = end
 
     def finish(self) -> None:
         """PayloadError unless the whole payload came and has the announced digest."""
         if self.received != self._manifest.size_bytes:
             raise PayloadError(f"{self.received} of {self._manifest.size_bytes} bytes came before the end")
-        if self._sha.hexdigest() != self._manifest.digest:
-            raise PayloadError(
-                f"the payload has digest {self._sha.hexdigest()}, and {self._manifest.digest!r} was announced"
-            )
+        came = digest_of(self._manifest, self._hash.digest())
+        if came != self._manifest.digest:
+            raise PayloadError(f"the payload has digest {came}, and {self._manifest.digest!r} was announced")

@@ -730,11 +730,11 @@ async def past_its_deadline(stub, address, adapter):
 
 
 async def flipped_byte(stub, address, adapter):
-    begin, chunk = islice(push_frames(adapter, "carl", 1), 2)
-    data = bytearray(chunk.chunk.data)
+    frames = list(push_frames(adapter, "carl", 1))
+    data = bytearray(frames[1].chunk.data)
     data[1000] ^= 1
-    chunk.chunk.data = bytes(data)
-    code, info = await refusal(pushed(stub, [begin, chunk]))
+    frames[1].chunk.data = bytes(data)
+    code, info = await refusal(pushed(stub, frames))
     assert (code, info.reason) == (grpc.StatusCode.DATA_LOSS, "PAYLOAD_DAMAGED")
 
 

@@ -100,7 +100,7 @@ def sampler(checkpoint, engine) -> Sampler:
 def publish(sampler, number: int) -> None:
     lora = common_pb2.LoraConfig(rank=1)
     manifest = common_pb2.AdapterManifest(lora=lora, digest=f"digest{number}")
-    sampler.registry.publish(Version("anna", number, manifest, None, lora))
+    sampler.registry.publish(Version("anna", number, manifest, None, lora, b""))
 
 
 def ask(token: int, adapter_id: str = "", version: int = 0, **sampling) -> Request:

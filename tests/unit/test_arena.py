@@ -73,7 +73,8 @@ def test_what_is_loaded_into_the_shards_is_what_they_add_up_to(config, stages: i
         part.load(part.exp_avg, tensors)
         total += part.whole(part.exp_avg)
         assert not part.exp_avg_sq.any()
-    assert np.array_equal(total.numpy(), np.concatenate([tensor.ravel() for tensor in tensors.values()]))
+    assert set(part.names) == set(tensors)
+    assert np.array_equal(total.numpy(), np.concatenate([tensors[name].ravel() for name in part.names]))
 
 
 @layouts

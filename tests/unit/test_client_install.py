@@ -1,4 +1,4 @@
-"""The client as a user gets it: a fresh environment with its three dependencies and nothing else."""
+"""The client as a user gets it: a fresh environment with its four dependencies and nothing else."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from client_fakes import Fakes
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.executable).parent / "uv"
 # typing-extensions comes with grpcio.
-DEPENDENCIES = ["grpcio", "protobuf", "numpy", "typing-extensions"]
+DEPENDENCIES = ["blake3", "grpcio", "protobuf", "numpy", "typing-extensions"]
 PROGRAM = """
 import sys
 import tinkerbell

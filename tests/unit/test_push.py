@@ -1,7 +1,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import random
 import typing
 from pathlib import Path
@@ -73,11 +72,12 @@ class World:
 
 
 def end_worlds():
-    """Frees the payloads of live versions."""
+    """Unloads the live versions, with which the last payload must go."""
     while World.all:
-        registry = World.all.pop().registry
-        for adapter_id in registry.adapters():
-            registry.unload(adapter_id, 0)
+        world = World.all.pop()
+        for adapter_id in world.registry.adapters():
+            world.registry.unload(adapter_id, 0)
+        assert world.pushes.staging.used_bytes == 0
 
 
 @pytest.fixture(autouse=True)
@@ -120,13 +120,8 @@ def small_chunks(data: bytes, size: int = 100) -> list[common_pb2.PayloadChunk]:
 
 
 def staged_bytes() -> int:
-    """Memory in staging buffers of this process."""
-    sizes = {}
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if "tinkerbell-push" in os.readlink(descriptor):
-                sizes[descriptor.stat().st_ino] = descriptor.stat().st_size  # mmap has a descriptor of its own
-    return sum(sizes.values())
+    """In use by the worlds of this test."""
+    return sum(world.pushes.staging.used_bytes for world in World.all)
 
 
 async def test_a_committed_push_is_live_and_the_engine_had_its_bytes(checkpoint):

@@ -10,7 +10,7 @@ from tinkerbell.v1 import common_pb2
 def version(number: int, adapter_id: str = "a") -> Version:
     lora = common_pb2.LoraConfig(rank=8, alpha=16, target_modules=["q_proj"])
     manifest = common_pb2.AdapterManifest(lora=lora, digest=f"{number:064x}", size_bytes=4)
-    return Version(adapter_id=adapter_id, version=number, manifest=manifest, payload=None, lora=lora)
+    return Version(adapter_id=adapter_id, version=number, manifest=manifest, payload=None, lora=lora, layout=b"")
 
 
 @pytest.fixture

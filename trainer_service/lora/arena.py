@@ -81,7 +81,7 @@ class Arena:
         """`config` with every field set; `shapes`, of whole tensors, as `service_common.lora.tensor_shapes` gives
         them for it.
         """
-        self._shapes = dict(shapes)
+        self._shapes = dict(sorted(dict(shapes).items(), key=lambda item: not _is_shared(item[0])))
         self._shard = shard
         self._places: dict[str, _Place] = {}
         linears = self._lay_out(config)
@@ -94,7 +94,10 @@ class Arena:
 
     @property
     def names(self) -> list[str]:
-        """PEFT names of all tensors of the adapter, on whatever rank, in payload order."""
+        """PEFT names of all tensors of the adapter, on whatever rank, in payload order.
+
+        That is the order in the buffers of a rank that has all of them: by layer and module, first what ranks share.
+        """
         return list(self._shapes)
 
     @property
@@ -134,8 +137,11 @@ class Arena:
     def whole(self, buffer: torch.Tensor) -> torch.Tensor:
         """float32 [num_parameters] in payload order, on the buffer's device: what `own` has, and zeros elsewhere.
 
-        The sum over the ranks that hold the model together is the whole adapter.
+        The sum over the ranks that hold the model together is the whole adapter. A rank that has all of it returns
+        the buffer itself.
         """
+        if self._size == self.num_parameters:
+            return buffer
         flat = buffer.new_zeros(self.num_parameters)
         offset = 0
         for name, shape in self._shapes.items():
@@ -177,10 +183,8 @@ class Arena:
                 modules = [module for module in fused if module in config.target_modules]
                 paths = [(module, lora.module_path(layer, module)) for module in modules]
                 for half in "AB":
-                    by_input = linear in ("linear_proj", "linear_fc2")
-                    (shared if by_input == (half == "A") else copies).extend(
-                        lora.peft_name(path, half) for _, path in paths
-                    )
+                    for name in (lora.peft_name(path, half) for _, path in paths):
+                        (shared if _is_shared(name) else copies).append(name)
                 if paths:
                     linears[layer, linear] = paths
         self._size = 0
@@ -230,3 +234,9 @@ class Arena:
                 bound = 1 / math.sqrt(shape[1])
                 values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
                 self.view(self.weights, name).copy_(values[place.part])
+
+
+def _is_shared(name: str) -> bool:
+    """Whether ranks that share the layer have parts of this tensor, by its PEFT name, rather than a copy each."""
+    by_input = lora.path_of(name).endswith(("o_proj", "down_proj"))
+    return by_input == (".lora_A." in name)

@@ -92,9 +92,8 @@ class Transaction:
         try:
             number = await self._begin_everywhere(number)
             taking_part = [push for push in self._pushes if push.failure is None]
-            await reserve(number)
             await failpoints.reached("sync.begun")
-            await asyncio.gather(*(push.attempt(self._make_ready) for push in taking_part))
+            await asyncio.gather(reserve(number), *(push.attempt(self._make_ready) for push in taking_part))
             self._raise_unless_ready(number, taking_part)
             await failpoints.reached("sync.prepared")
             await asyncio.gather(*(push.attempt(self._commit) for push in taking_part))

@@ -91,14 +91,12 @@ class AdapterManifest(_message.Message):
     def __init__(self, lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., size_bytes: _Optional[int] = ..., base_model_fingerprint: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class PayloadChunk(_message.Message):
-    __slots__ = ("offset", "data", "crc32")
+    __slots__ = ("offset", "data")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
     offset: int
     data: bytes
-    crc32: int
-    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BaseModelInfo(_message.Message):
     __slots__ = ("name", "architecture", "fingerprint", "vocab_size", "num_layers", "hidden_size", "max_sequence_length", "num_parameters", "dtype")
