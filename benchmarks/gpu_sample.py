@@ -6,7 +6,6 @@ As on a CPU the sampler runs in this process and the trainer in its own; see sam
 import asyncio
 import atexit
 import functools
-import inspect
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -28,8 +26,8 @@ from benchmarks.harness import Row
 from benchmarks.offline import Work
 from benchmarks.sample import Disk, PeftAdapter, World, bare_tokens, max_model_len
 from service_common import checkpoint
-from tinkerbell import AsyncTrainingRun, Verification
-from tinkerbell.results import SyncResult
+from tinkerbell import Verification
+from tinkerbell.inputs import Transport
 
 RANK = 32
 ON_GPU = torch.cuda.is_available()
@@ -39,8 +37,6 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 KV_CACHE_BYTES = (4 if ON_GPU else 1) << 30
 GPU_MEMORY_UTILIZATION = 0.3
 TRAINER_OPTIONS = ("--max-pass-tokens=2048",)
-# Weights that pass from the trainer to the sampler inside the GPU.
-CUDA_IPC = ON_GPU and "transport" in inspect.signature(AsyncTrainingRun.sync_adapter_to_vllm).parameters
 
 
 def _folder(quick: bool) -> Path:
@@ -50,15 +46,13 @@ def _folder(quick: bool) -> Path:
 @functools.cache
 def _world(folder: Path) -> World:
     """One for all rows, until the process ends."""
-    settings: dict[str, Any] = {"cuda_ipc": True} if CUDA_IPC else {}
     world = World(
         folder,
         DEVICE,
         RANK,
         kv_cache_bytes=KV_CACHE_BYTES,
         gpu_memory_utilization=GPU_MEMORY_UTILIZATION,
-        trainer_options=[*TRAINER_OPTIONS, *(["--cuda-ipc"] if CUDA_IPC else [])],
-        **settings,
+        trainer_options=TRAINER_OPTIONS,
     )
     atexit.register(world.close)
     return world
@@ -155,26 +149,15 @@ async def _push(world: World, folder: Path) -> None:
 # Pushes
 
 
-async def _synced(world: World, transport: str = "") -> SyncResult:
-    """Publishes, by this transport or by the trainer's choice."""
-    options: dict[str, Any] = {"transport": transport} if transport and CUDA_IPC else {}
-    result = await world.run.sync_adapter_to_vllm(**options)
-    if transport and result.transport != transport:
-        raise RuntimeError(f"the weights went by {result.transport} and not by {transport}")
-    return result
-
-
-def push_vs_disk(quick: bool, transport: str, wanted: float) -> Row:
+def push_vs_disk(quick: bool, transport: Transport, wanted: float) -> Row:
     """From trained weights to the first token of them."""
-    if transport == "cuda_ipc" and not CUDA_IPC:
-        raise RuntimeError("these services have no CUDA IPC")
     world = _world(_folder(quick))
     disk = Disk(world)
     syncs, sent = [], []
 
     async def ours() -> None:
         started = time.perf_counter()
-        result = await _synced(world, transport)
+        result = await world.run.sync_adapter_to_vllm(transport=transport)
         syncs.append(time.perf_counter() - started)
         sent.append(result.sent_bytes)
         await world.first_token()
@@ -209,7 +192,7 @@ def loop_memory_vs_disk(quick: bool) -> Row:
 
     async def ours() -> None:
         await timed("train", world.train(sequences, length))
-        await timed("sync", _synced(world))
+        await timed("sync", world.run.sync_adapter_to_vllm())
         batch = world.sampler.generate_batch(
             [world.tokens] * streams, adapter_id="bench", max_tokens=new_tokens, temperature=0
         )
@@ -237,7 +220,7 @@ def repeated_pushes(quick: bool) -> Row:
     async def pushes(number: int) -> None:
         for _ in range(number):
             await world.train(1, 16)
-            await _synced(world)
+            await world.run.sync_adapter_to_vllm()
         await asyncio.sleep(3)  # a version that nobody uses goes after a second
 
     world.do(functools.partial(pushes, count // 5))  # until pools and caches have their size
@@ -281,7 +264,7 @@ def parity(quick: bool, name: str) -> Row:
     async def compared():
         for _ in range(3):
             await world.train()
-        await _synced(world)
+        await world.run.sync_adapter_to_vllm()
         return await world.run.verify_adapter(Verification(list(sequences), tolerance=1.0))
 
     (replica,) = world.do(compared).replicas

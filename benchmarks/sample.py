@@ -60,7 +60,7 @@ class World:
         trainer_options: Sequence[str] = (),
         **settings: Any,
     ):
-        """On a GPU both share it. `settings`: more of SamplerConfig."""
+        """On a GPU both share it, and the weights stay in it. `settings`: more of SamplerConfig."""
         environment.prepare()
         from sampler_service.engine import Engine  # noqa: PLC0415  (vLLM reads its environment when it is imported)
         from sampler_service.sampler import Sampler  # noqa: PLC0415
@@ -71,7 +71,7 @@ class World:
         self.address, trainer_address = free_address(), free_address()
         self._loop = asyncio.Runner()
         trainer = [sys.executable, "-W", "ignore", "-m", "trainer_service", f"--model={folder}", f"--device={device}"]
-        trainer += [f"--listen={trainer_address}", f"--sampler={self.address}", *trainer_options]
+        trainer += [f"--listen={trainer_address}", f"--sampler={self.address}", "--cuda-ipc", *trainer_options]
         base = checkpoint.resolve(str(folder))
         config = SamplerConfig(
             model=str(folder),
@@ -83,6 +83,7 @@ class World:
             max_model_len=max_model_len(base),
             kv_cache_bytes=kv_cache_bytes,
             gpu_memory_utilization=gpu_memory_utilization,
+            cuda_ipc=True,
             await_trainer=False,
             **settings,
         )

@@ -9,16 +9,20 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
+from sampler_service.slot_copies import Copies, Copy
 from service_common.lora import module_scale, path_of
 from tinkerbell import tensors
 from tinkerbell.v1 import common_pb2
+
+if TYPE_CHECKING:
+    from sampler_service.slot_kernels import CopyKernel
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,6 @@ class _Factor:
     offset: int  # in elements
     shape: tuple[int, int]
     scale: float
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A factor, or this rank's part of it, and its place in a slot, of the same shape."""
-
-    offset: int
-    stride: int  # of its rows, in elements
-    scale: float
-    target: torch.Tensor
 
 
 class Layout:
@@ -83,10 +77,12 @@ class StoredAdapter(LoRAModel):
     happens to be there.
     """
 
-    def __init__(self, lora_id: int, layout: Layout, payload: torch.Tensor):
+    def __init__(self, lora_id: int, layout: Layout, buffer: torch.Tensor):
+        """`buffer`: uint8, the payload's memory."""
         super().__init__(lora_id, rank=0, loras={})  # nobody asks for either
         self.layout = layout
-        self.payload = payload
+        self._buffer = buffer  # SharedBuffers asks whether anybody has it
+        self.payload = buffer.view(layout.dtype)
         self.on_device: torch.Tensor | None = None
 
 
@@ -98,7 +94,7 @@ class SlotManager(LRUCacheLoRAModelManager):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._shapes: list[dict[str, tuple[int, int]] | None] = [None] * self.lora_slots  # of what each slot has
-        self._copies = functools.lru_cache(maxsize=64)(lambda layout, slot: list(self._plan(layout, slot)))
+        self._copying = functools.lru_cache(maxsize=64)(self._plan)  # by layout and slot
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         if isinstance(lora, StoredAdapter):
@@ -131,17 +127,19 @@ class SlotManager(LRUCacheLoRAModelManager):
             for layer in self.modules.values():
                 layer.reset_lora(slot)
         payload = adapter.payload.to(self.device) if adapter.on_device is None else adapter.on_device
-        for copy in self._copies(adapter.layout, slot):
-            source = payload.as_strided(copy.target.shape, (copy.stride, 1), copy.offset)
-            if copy.scale == 1:
-                copy.target.copy_(source)
-            else:
-                wide = source if source.dtype == copy.target.dtype else source.float()
-                torch.mul(wide, copy.scale, out=copy.target)
+        self._copying(adapter.layout, slot).fill(payload)
         self._shapes[slot] = adapter.layout.shapes
 
-    def _plan(self, layout: Layout, slot: int) -> Iterator[_Copy]:
-        """The copies that bring a payload, or this rank's part of it, into a slot."""
+    def _plan(self, layout: Layout, slot: int) -> "Copies | CopyKernel":
+        copies = list(self._copies(layout, slot))
+        if self.device.type != "cuda":
+            return Copies(copies)
+        from sampler_service.slot_kernels import CopyKernel  # noqa: PLC0415  (Triton)
+
+        return CopyKernel(copies)
+
+    def _copies(self, layout: Layout, slot: int) -> Iterator[Copy]:
+        """What brings a payload, or this rank's part of it, into a slot."""
         factors: dict[tuple[str, bool], tuple[torch.Tensor | None, float]] = {}
         payload = torch.empty(layout.size, dtype=layout.dtype, device="meta")
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
@@ -160,6 +158,6 @@ class SlotManager(LRUCacheLoRAModelManager):
                 for part, (_, scale), slots in zip(views, found, stacked, strict=True):
                     if part is not None:
                         target = slots[slot, 0, : part.shape[0], : part.shape[1]]
-                        yield _Copy(int(part.storage_offset()), part.stride(0), scale, target)
+                        yield Copy(int(part.storage_offset()), part.stride(0), scale, target)
         if factors:
             raise RuntimeError(f"vLLM has no LoRA layer for {next(iter(factors))[0]}")

@@ -53,6 +53,13 @@ def run(
             min=0.01, max=1.0, help="Share of a GPU's memory to take, weights included. vLLM's default, if not given."
         ),
     ] = None,
+    cuda_ipc: Annotated[
+        bool,
+        typer.Option(
+            help="Read weights out of the GPU memory of a trainer on this host, if it was started with --cuda-ipc as "
+            "well. Has no effect on a CPU."
+        ),
+    ] = False,
     await_trainer: Annotated[
         bool, typer.Option(help="Report ready only when the trainer has brought every adapter up to date.")
     ] = False,
@@ -74,6 +81,7 @@ def run(
         max_model_len=max_model_len,
         kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * (1 << 30)),
         gpu_memory_utilization=gpu_memory_utilization,
+        cuda_ipc=cuda_ipc,
         await_trainer=await_trainer,
     )
     sys.exit(asyncio.run(serve(config, listen, http, metrics, drain_seconds)))

@@ -17,6 +17,7 @@ class SamplerConfig:
     kv_cache_bytes: memory for keys and values. None for 1 GiB on a CPU, and on a GPU for what vLLM finds left of its
         share when it starts, which others may be taking at that moment.
     gpu_memory_utilization: vLLM's share of a GPU's memory, with weights, keys and values; None for vLLM's default.
+    cuda_ipc: whether trainers on the same host may have it read payloads out of their GPU memory.
     await_trainer: not to report ready before the trainer has brought it up to date.
     """
 
@@ -29,4 +30,5 @@ class SamplerConfig:
     max_model_len: int | None
     kv_cache_bytes: int | None
     gpu_memory_utilization: float | None
+    cuda_ipc: bool
     await_trainer: bool

@@ -33,7 +33,7 @@ from sampler_service.versions import Version
 from service_common import errors
 from service_common.checkpoint import Checkpoint
 from service_common.lora import TARGET_MODULES
-from tinkerbell import tensors
+from tinkerbell import payload, tensors
 from tinkerbell.v1 import common_pb2
 
 log = structlog.get_logger(__name__)
@@ -221,10 +221,13 @@ class Engine:
             [entry[token].logprob for token, entry in zip(tokens[1:], prompt_logprobs[1:], strict=True)], np.float32
         )
 
-    async def install(self, version: Version) -> None:
+    async def install(self, version: Version, memory_id: str = "") -> None:
         """Brings a version into every worker and into a slot of its layers; or leaves nothing anywhere.
 
-        INVALID_ARGUMENT when a number is not finite.
+        `memory_id`: of the GPU memory that has the payload, which is copied to the version's buffer as well; without
+        one the buffer has it, and its digest was checked.
+
+        INVALID_ARGUMENT when a number is not finite, DATA_LOSS when GPU memory does not have what was announced.
         """
         try:
             answers = await self._on_all_ranks(
@@ -235,16 +238,39 @@ class Engine:
                 version.payload.path,
                 version.payload.size_bytes,
                 version.layout,
+                memory_id,
             )
-            if not_finite := next(filter(None, answers), ""):
-                raise errors.invalid_argument(
-                    "TENSOR_NOT_FINITE",
-                    f"tensor {not_finite!r}, scaled and rounded to this sampler's dtype, has an infinity or a NaN",
-                    tensor=not_finite,
-                )
+            for not_finite, payload_hash in answers:
+                if memory_id and payload.digest_of(version.manifest, payload_hash) != version.digest:
+                    raise errors.data_loss(
+                        "PAYLOAD_DAMAGED",
+                        "what the GPU memory has is not what was announced; nothing was installed, push again",
+                        adapter_id=version.adapter_id,
+                        version=version.version,
+                    )
+                if not_finite:
+                    raise errors.invalid_argument(
+                        "TENSOR_NOT_FINITE",
+                        f"tensor {not_finite!r}, scaled and rounded to this sampler's dtype, has an infinity or a NaN",
+                        tensor=not_finite,
+                    )
         except BaseException:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
             raise
+
+    async def open_device_memory(self, memory_id: str, handle: bytes) -> None:
+        """Opens another process's GPU memory on every rank, or on none: FAILED_PRECONDITION if one cannot reach it."""
+        obstacles = await self._on_all_ranks("tinkerbell_open_memory", memory_id, handle)
+        if obstacle := next(filter(None, obstacles), ""):
+            await self.close_device_memory(memory_id)
+            raise errors.failed_precondition(
+                "CUDA_IPC_UNREACHABLE", f"the sampler's GPU cannot read the memory: {obstacle}"
+            )
+
+    async def close_device_memory(self, memory_id: str) -> None:
+        """Ends that, after what is under way."""
+        with contextlib.suppress(errors.ServiceError):  # where vLLM has died nothing is open
+            await self._on_all_ranks("tinkerbell_close_memory", memory_id)
 
     async def abort(self, request: LoRARequest) -> None:
         """Ends what runs for this very object."""

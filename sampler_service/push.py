@@ -18,8 +18,8 @@ from tinkerbell.v1 import common_pb2
 
 log = structlog.get_logger(__name__)
 
-# Brings a version into every worker, or into none.
-Install = Callable[[Version], Coroutine[Any, Any, None]]
+# Brings a version into every worker, or into none: from its buffer, or from GPU memory with this id.
+Install = Callable[[Version, str], Coroutine[Any, Any, None]]
 # Frees a version that is in the workers.
 Drop = Callable[[Version], None]
 
@@ -48,8 +48,12 @@ class Pushes:
         self._open: set[str] = set()
         self._checked = functools.lru_cache(maxsize=64)(self._check)  # every push of an adapter has the same layout
 
-    def begin(self, adapter_id: str, version: int, manifest: common_pb2.AdapterManifest) -> "Push | AlreadyLive":
+    def begin(
+        self, adapter_id: str, version: int, manifest: common_pb2.AdapterManifest, memory_id: str = ""
+    ) -> "Push | AlreadyLive":
         """Checks what is announced and reserves the adapter. The caller must `close` the push.
+
+        `memory_id`: of the GPU memory that has the payload; without one it comes in chunks.
 
         INVALID_ARGUMENT or FAILED_PRECONDITION when the base model cannot carry the adapter, ALREADY_EXISTS when
         the version is not above the latest one, ABORTED while another push of the adapter is open.
@@ -74,7 +78,9 @@ class Pushes:
             lora=config,
             layout=layout,
         )
-        push = Push(announced, self._registry, self._install, self._drop, lambda: self._open.remove(adapter_id))
+        push = Push(
+            announced, memory_id, self._registry, self._install, self._drop, lambda: self._open.remove(adapter_id)
+        )
         self._open.add(adapter_id)
         return push
 
@@ -108,19 +114,32 @@ class Pushes:
 class Push:
     """One push that was accepted. Only `commit` makes anything live."""
 
-    def __init__(self, version: Version, registry: Registry, install: Install, drop: Drop, release: Callable[[], None]):
+    def __init__(
+        self,
+        version: Version,
+        memory_id: str,
+        registry: Registry,
+        install: Install,
+        drop: Drop,
+        release: Callable[[], None],
+    ):
         """`release` is called once, when the push is over."""
         self._version = version
+        self._memory_id = memory_id
         self._registry = registry
         self._install = install
         self._drop = drop
         self._release = release
-        self._receiver = payload.Receiver(version.manifest, version.payload.view)
+        self._receiver = None if memory_id else payload.Receiver(version.manifest, version.payload.view)
         self._installing: asyncio.Task[None] | None = None
         self._committing: asyncio.Task[None] | None = None
 
     def add(self, chunk: common_pb2.PayloadChunk) -> None:
-        """Takes the next piece. DATA_LOSS when it is damaged, out of order or too much."""
+        """Takes the next piece. DATA_LOSS when it is out of order or too much, INVALID_ARGUMENT when none is due."""
+        if self._receiver is None:
+            raise errors.invalid_argument(
+                "FRAME_UNEXPECTED", "the push announced a payload in GPU memory, and sends a chunk", field="chunk"
+            )
         try:
             self._receiver.add(chunk)
         except payload.PayloadError as cause:
@@ -158,10 +177,11 @@ class Push:
     def _start(self) -> asyncio.Task[None]:
         if self._installing is None:
             try:
-                self._receiver.finish()
+                if self._receiver:
+                    self._receiver.finish()
             except payload.PayloadError as cause:
                 raise self._damaged(cause) from cause
-            self._installing = asyncio.create_task(self._install(self._version))
+            self._installing = asyncio.create_task(self._install(self._version, self._memory_id))
         return self._installing
 
     async def _publish_after(self, installing: asyncio.Task[None]) -> None:

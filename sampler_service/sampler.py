@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sampler_service.config import SamplerConfig
+from sampler_service.device_memory import DeviceMemory
 from sampler_service.leases import Leases
 from sampler_service.push import Pushes
 from sampler_service.requests import (
@@ -59,7 +60,7 @@ class Result:
 
 
 class Sampler:
-    """A loaded base model and its adapters. `pushes`, `registry` and `leases` are used directly.
+    """A loaded base model and its adapters. `pushes`, `device_memory`, `registry` and `leases` are used directly.
 
     `current`: set when the trainer has said that this sampler has every current version.
     """
@@ -71,6 +72,9 @@ class Sampler:
         self.active_sequences = 0
         self.registry = Registry(config.keep_versions, engine.drop)
         self.leases = Leases(self.registry)
+        self.device_memory = DeviceMemory(
+            config.cuda_ipc and engine.info.device == "cuda", engine.open_device_memory, engine.close_device_memory
+        )
         self.pushes = Pushes(checkpoint, config.max_rank, self.registry, engine.install, engine.drop)
         self.current = asyncio.Event()
         self.instance_id = uuid.uuid4().hex

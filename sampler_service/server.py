@@ -55,7 +55,10 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         first = await anext(aiter(request_iterator), sampler_pb2.PushAdapterRequest())
         if not first.HasField("begin"):
             raise _unexpected_frame("a push starts with BEGIN", first)
-        push = sampler.pushes.begin(first.begin.adapter_id, first.begin.version, first.begin.manifest)
+        begin = first.begin
+        if begin.device_memory_id:
+            sampler.device_memory.check(begin.device_memory_id, begin.manifest.size_bytes)
+        push = sampler.pushes.begin(begin.adapter_id, begin.version, begin.manifest, begin.device_memory_id)
         if isinstance(push, AlreadyLive):
             yield self._committed(push.version, already_live=True)
             return
@@ -80,6 +83,14 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             raise errors.aborted("PUSH_NOT_COMMITTED", "the push ended without COMMIT; nothing was installed")
         finally:
             push.close()
+
+    async def OpenDeviceMemory(
+        self, request: sampler_pb2.OpenDeviceMemoryRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[sampler_pb2.OpenDeviceMemoryResponse]:
+        memory = self._sampler.device_memory
+        async with memory.opened(request.handle, request.size_bytes, request.host) as memory_id:
+            yield sampler_pb2.OpenDeviceMemoryResponse(memory_id=memory_id)
+            await memory.ending.wait()  # or until the caller ends the call
 
     async def ListAdapters(
         self, request: sampler_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext
@@ -173,6 +184,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             active_requests=sampler.active_requests,
             target_modules=TARGET_MODULES,
             instance_id=sampler.instance_id,
+            cuda_ipc_host=sampler.device_memory.host,
             max_sequences=sampler.config.max_sequences,
             active_sequences=sampler.active_sequences,
         )

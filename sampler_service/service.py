@@ -68,6 +68,7 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: s
         await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
     if died.done():
         log.error("engine_died")
+    sampler.device_memory.ending.set()
     grace_seconds = 0 if died.done() else drain_seconds
     await asyncio.gather(server.drain(grace_seconds), *(each.drain(grace_seconds) for each in http_servers))
     counting.cancel()

@@ -24,23 +24,29 @@ from sampler_service import cpu_lora
 from sampler_service.adapter_slots import Layout, SlotManager, StoredAdapter
 from sampler_service.staging import StagingPool
 from sampler_service.versions import URI_PREFIX
+from service_common import device_memory
 
 
 class SharedBuffers:
     """The service's staging buffers, mapped into this process. They come again, and mapping one takes long."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool):
+        """`pinned`: lock them in place, so that a GPU copies at full speed, which takes longer still."""
+        self._pinned = pinned
         self._mapped: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
         self._latest: collections.deque[torch.Tensor] = collections.deque(maxlen=2 * StagingPool.MAX_FREE)
 
     def open(self, path: str, size_bytes: int) -> torch.Tensor:
-        """uint8 [size_bytes]: the memory behind `path`."""
+        """uint8 [size_bytes]: the memory behind `path`, as long as somebody has this very tensor."""
         with open(path, "r+b") as file:
             key = os.fstat(file.fileno()).st_ino  # a path may soon mean another buffer
             buffer = self._mapped.get(key)
             if buffer is None:
                 buffer = torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=torch.uint8)
                 self._mapped[key] = buffer
+                if self._pinned:
+                    device_memory.pin(buffer)
+                    weakref.finalize(buffer, device_memory.unpin, buffer.data_ptr())
         self._latest.append(buffer)
         return buffer
 
@@ -57,15 +63,19 @@ class StoreLoRAManager(LRUCacheWorkerLoRAManager):
         super().__init__(*args, **kwargs)
         self.store: dict[str, StoredAdapter] = {}
         self.reloads = 0
-        self.buffers = SharedBuffers()
+        self.buffers = SharedBuffers(pinned=self.device.type == "cuda")
+        self.device_memory: dict[str, device_memory.OpenedMemory] = {}
         self.layout = functools.lru_cache(maxsize=64)(Layout)
 
-    def install(self, request: LoRARequest, adapter: StoredAdapter) -> str:
-        """Stores an adapter and gives it a slot; or answers with the name of a tensor that is not finite."""
-        adapter.on_device = adapter.payload.to(self.device)
-        if culprit := adapter.layout.not_finite(adapter.on_device, self.lora_config.lora_dtype):
+    def install(self, request: LoRARequest, adapter: StoredAdapter, on_device: torch.Tensor) -> str:
+        """Stores an adapter and gives it a slot; or answers with the name of a tensor that is not finite.
+
+        `on_device`: its payload where the model is.
+        """
+        if culprit := adapter.layout.not_finite(on_device, self.lora_config.lora_dtype):
             return culprit
         self.store[request.lora_path] = adapter
+        adapter.on_device = on_device
         self.add_adapter(request)
         adapter.on_device = None
         return ""
@@ -95,19 +105,50 @@ class LoraWorkerExtension:
     """Methods that vLLM adds to its worker class; the engine calls them by name on every rank."""
 
     model_runner: Any  # the worker's own
+    rank: int
 
     def tinkerbell_install(
-        self, lora_name: str, lora_id: int, uri: str, path: str, size_bytes: int, layout: bytes
-    ) -> str:
+        self, lora_name: str, lora_id: int, uri: str, path: str, size_bytes: int, layout: bytes, memory_id: str
+    ) -> tuple[str, bytes]:
         """Installs the payload in the file at `path`, which must neither change nor go before `tinkerbell_drop`.
 
-        `layout`: as Layout takes it. Answers with the name of a tensor that is not finite in this model's dtype,
-        in which case nothing is installed, and otherwise with "".
+        `layout`: as Layout takes it. `memory_id`: of GPU memory that has the payload; it is copied to the file.
+
+        Answers with the name of a tensor that is not finite in this model's dtype, in which case nothing is installed,
+        or otherwise "", and with the BLAKE3 of what the GPU memory had.
         """
         manager: StoreLoRAManager = self.model_runner.lora_manager
         parsed = manager.layout(layout)
-        adapter = StoredAdapter(lora_id, parsed, manager.buffers.open(path, size_bytes).view(parsed.dtype))
-        return manager.install(LoRARequest(lora_name, lora_id, uri), adapter)
+        adapter = StoredAdapter(lora_id, parsed, manager.buffers.open(path, size_bytes))
+        request = LoRARequest(lora_name, lora_id, uri)
+        if not memory_id:
+            return manager.install(request, adapter, adapter.payload.to(manager.device)), b""
+        from service_common.blake3_kernels import payload_hash  # noqa: PLC0415  (Triton)
+
+        # First of all a copy: what is checked must be what is installed, and the memory may be another GPU's.
+        payload = torch.empty(parsed.size, dtype=parsed.dtype, device=manager.device)
+        manager.device_memory[memory_id].copy_to(payload, 0)
+        digest = payload_hash(payload)
+        not_finite = manager.install(request, adapter, payload)
+        if self.rank == 0:
+            adapter.payload.copy_(payload)
+        torch.cuda.synchronize()
+        return not_finite, digest
+
+    def tinkerbell_open_memory(self, memory_id: str, handle: bytes) -> str:
+        """Opens another process's GPU memory; or answers with what CUDA says against it."""
+        manager: StoreLoRAManager = self.model_runner.lora_manager
+        try:
+            manager.device_memory[memory_id] = device_memory.OpenedMemory(handle, manager.device)
+        except device_memory.DeviceMemoryError as cause:
+            return str(cause)
+        return ""
+
+    def tinkerbell_close_memory(self, memory_id: str) -> None:
+        """Closes it, if it is open."""
+        opened = self.model_runner.lora_manager.device_memory.pop(memory_id, None)
+        if opened:
+            opened.close()
 
     def tinkerbell_reloads(self) -> int:
         """How often this worker has loaded an adapter again that vLLM had evicted."""

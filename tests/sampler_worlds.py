@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from sampler_service.config import SamplerConfig
 from sampler_service.sampler import Sampler
 from sampler_service.server import SamplerServicer
+from service_common import errors
 from service_common.checkpoint import Checkpoint
 from service_common.errors import ServiceError
 from service_common.lora import tensor_shapes
@@ -19,7 +21,7 @@ from service_common.rpc import Server
 from tinkerbell import payload
 from tinkerbell.local import free_address
 from tinkerbell.v1 import common_pb2, sampler_pb2_grpc
-from trainer_service.engine import Snapshot
+from trainer_service.snapshot import Snapshot
 
 HIDDEN = 8
 
@@ -61,12 +63,27 @@ def scores(content: float, sequences) -> list[np.ndarray]:
     return [np.full(len(sequence) - 1, -content, np.float32) for sequence in sequences]
 
 
+class SharedMemory:
+    """Stands in for service_common.device_memory.SharedMemory, which needs a GPU, in one process with `FakeEngine`."""
+
+    all: ClassVar[dict[bytes, torch.Tensor]] = {}
+
+    def __init__(self, size_bytes, device):
+        self.size_bytes = size_bytes
+        self.handle = len(self.all).to_bytes(64)
+        self.tensor = self.all[self.handle] = torch.zeros(size_bytes, dtype=torch.uint8)
+
+    def free(self):
+        self.all[self.handle] = torch.empty(0, dtype=torch.uint8)
+
+
 class FakeEngine:
     """Scores every token with minus the adapter's content."""
 
-    info = SimpleNamespace(device="cpu", dtype=common_pb2.DATA_TYPE_FLOAT32, max_model_len=64)
-
-    def __init__(self):
+    def __init__(self, device: str):
+        self.info = SimpleNamespace(device=device, dtype=common_pb2.DATA_TYPE_FLOAT32, max_model_len=64)
+        self.opened: dict[str, bytes] = {}
+        self.unreachable = ""
         self.installed: dict[int, float] = {}
         self.refusal: ServiceError | None = None
         self.off_by = 0.0
@@ -74,12 +91,22 @@ class FakeEngine:
         self.go = asyncio.Event()
         self.go.set()
 
-    async def install(self, version):
+    async def install(self, version, memory_id):
         self.installing.set()
         await self.go.wait()
         if self.refusal:
             raise self.refusal
+        if memory_id:
+            version.payload.view[:] = SharedMemory.all[self.opened[memory_id]].numpy()[: version.payload.size_bytes]
         self.installed[version.lora_id] = float(np.frombuffer(version.payload.view[:4], np.float32)[0])
+
+    async def open_device_memory(self, memory_id, handle):
+        if self.unreachable:
+            raise errors.failed_precondition("CUDA_IPC_UNREACHABLE", self.unreachable)
+        self.opened[memory_id] = handle
+
+    async def close_device_memory(self, memory_id):
+        del self.opened[memory_id]
 
     def drop(self, version):
         del self.installed[version.lora_id]
@@ -92,9 +119,9 @@ class FakeEngine:
 class SamplerWorld:
     """One sampler that can die and come back, at an address of its own."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", cuda_ipc: bool = False):
         self.address = free_address()
-        self._checkpoint = checkpoint
+        self._checkpoint, self._device, self._cuda_ipc = checkpoint, device, cuda_ipc
 
     async def start(self) -> "SamplerWorld":
         """Comes up with nothing."""
@@ -108,9 +135,10 @@ class SamplerWorld:
             max_model_len=None,
             kv_cache_bytes=0,
             gpu_memory_utilization=None,
+            cuda_ipc=self._cuda_ipc,
             await_trainer=True,
         )
-        self.engine = FakeEngine()
+        self.engine = FakeEngine(self._device)
         self.sampler = Sampler(config, self._checkpoint, self.engine, SimpleNamespace(present=False))
         servicer = SamplerServicer()
         servicer.attach(self.sampler)
@@ -124,6 +152,7 @@ class SamplerWorld:
 
     async def stop(self) -> None:
         """Goes down, in the middle of whatever it does."""
+        self.sampler.device_memory.ending.set()
         await self._server.drain(0)
         for adapter_id in self.sampler.registry.adapters():
             self.sampler.registry.unload(adapter_id, 0)

@@ -35,6 +35,13 @@ def run(
     device: Annotated[
         Device, typer.Option(help="auto: cuda where there is a GPU. float32 on a CPU, bfloat16 on a GPU.")
     ] = Device.AUTO,
+    cuda_ipc: Annotated[
+        bool,
+        typer.Option(
+            help="Let samplers on this host, if they were started with --cuda-ipc as well, read weights out of GPU "
+            "memory. Has no effect on a CPU."
+        ),
+    ] = False,
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank that an adapter may have.")] = 64,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in one request.")] = 65536,
     max_pass_tokens: Annotated[
@@ -86,6 +93,7 @@ def run(
         metrics=metrics,
         checkpoints=checkpoints,
         device=device.value,
+        cuda_ipc=cuda_ipc,
         limits=Limits(
             max_rank=max_rank,
             max_batch_tokens=max_batch_tokens,

@@ -18,7 +18,7 @@ from service_common.checkpoint import Checkpoint
 from service_common.errors import ServiceError
 from tinkerbell import payload
 from tinkerbell.v1 import common_pb2
-from trainer_service import adamw, passes
+from trainer_service import adamw, passes, snapshot
 from trainer_service.adamw import AdamParams
 from trainer_service.lora.arena import Arena
 from trainer_service.megatron import loading
@@ -26,6 +26,7 @@ from trainer_service.parallel import Layout, Place
 from trainer_service.passes import Part, PartResult
 from trainer_service.ranks import may_take
 from trainer_service.residency import Residency
+from trainer_service.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from trainer_service.megatron.model import BaseModel
@@ -132,14 +133,6 @@ class OptimizerState:
     accumulated_calls: int
     size_bytes: int
     tensors: list[TensorMoments] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Tensors of an adapter at one moment."""
-
-    manifest: common_pb2.AdapterManifest
-    payload: memoryview
 
 
 @dataclass(frozen=True)
@@ -369,8 +362,14 @@ class Engine:
         """Describes all optimizers in order of creation, without their tensors."""
         return [self.optimizer_state(adapter_id, tensors=False) for adapter_id in self._adapters]
 
-    def snapshot(self, adapter_id: str, dtype: common_pb2.DataType) -> Snapshot:
-        """Copies the weights under their PEFT names, as float32 or bfloat16. NOT_FOUND, INVALID_ARGUMENT."""
+    def snapshot(
+        self, adapter_id: str, dtype: common_pb2.DataType, stage: Callable[[torch.Tensor], None] | None = None
+    ) -> Snapshot:
+        """Copies the weights under their PEFT names, as float32 or bfloat16. NOT_FOUND, INVALID_ARGUMENT.
+
+        `stage` is called with the payload on the device, of that dtype, and must have copied what it wants when the
+        work that is on the current stream then is done, which it is when this returns.
+        """
         adapter = self._adapter(adapter_id)
         if dtype not in TORCH_DTYPES:
             raise errors.invalid_argument(
@@ -379,7 +378,7 @@ class Engine:
                 field="dtype",
             )
         self._residency.use([adapter.arena])
-        return self._pack(adapter, adapter.arena.weights, dtype)
+        return self._pack(adapter, adapter.arena.weights, dtype, stage)
 
     def moments(self, adapter_id: str) -> tuple[Snapshot, Snapshot]:
         """Copies both AdamW moments, float32, under the PEFT names of the weights they belong to. NOT_FOUND."""
@@ -421,12 +420,18 @@ class Engine:
             distributed.all_reduce(whole, group=self._place.model.group)
         return whole
 
-    def _pack(self, adapter: Adapter, buffer: torch.Tensor, dtype: common_pb2.DataType) -> Snapshot:
+    def _pack(
+        self,
+        adapter: Adapter,
+        buffer: torch.Tensor,
+        dtype: common_pb2.DataType,
+        stage: Callable[[torch.Tensor], None] | None = None,
+    ) -> Snapshot:
         manifest = adapter.manifest(dtype, self._loaded()[0].fingerprint)
-        flat = self._gather(adapter.arena, buffer).to(TORCH_DTYPES[dtype], copy=True)
-        content = memoryview(flat.cpu().view(torch.uint8).numpy())
-        manifest.digest = payload.digest(manifest, content)
-        return Snapshot(manifest, content)
+        content = self._gather(adapter.arena, buffer).to(TORCH_DTYPES[dtype], copy=True)
+        if stage:
+            stage(content)
+        return snapshot.take(manifest, content)
 
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(

@@ -49,7 +49,10 @@ class Metrics:
             registry=self.registry,
         )
         self.pushed_bytes = Counter(
-            "tinkerbell_trainer_pushed_bytes", "Payload bytes sent to samplers by SyncAdapter.", registry=self.registry
+            "tinkerbell_trainer_pushed_bytes",
+            "Payload bytes that SyncAdapter has brought to samplers, by transport.",
+            ["transport"],
+            registry=self.registry,
         )
         self.drift = Gauge(
             "tinkerbell_trainer_sampler_drift",

@@ -15,18 +15,19 @@ from trainer_service.adamw import AdamParams
 from trainer_service.batch import Datum
 from trainer_service.batching import Computed
 from trainer_service.checkpoints import CheckpointInfo
-from trainer_service.engine import Engine, OptimizerState, Snapshot, Tensors
+from trainer_service.engine import Engine, OptimizerState, Tensors
 from trainer_service.losses import DEFAULTS, INPUT_DEFAULTS, INPUTS, Loss, LossConfig
 from trainer_service.publish.parity import Difference
-from trainer_service.publish.transaction import ReplicaOutcome
+from trainer_service.publish.transaction import ReplicaOutcome, Transport
 from trainer_service.ranks import Process
+from trainer_service.snapshot import Snapshot
 from trainer_service.trainer import AdapterStatus, Trainer, Verification
 
 _LOSSES = {
     trainer_pb2.LOSS_FUNCTION_UNSPECIFIED: Loss.CROSS_ENTROPY,
     **{trainer_pb2.LossFunction.Value(f"LOSS_FUNCTION_{loss.name}"): loss for loss in Loss},
 }
-_TRANSPORTS = (trainer_pb2.TRANSPORT_UNSPECIFIED, trainer_pb2.TRANSPORT_GRPC)
+_TRANSPORTS = {trainer_pb2.Transport.Value(f"TRANSPORT_{each.name}"): each for each in Transport}
 _VERSIONED_PACKAGES = ("torch", "megatron-core", "megatron-bridge", "transformers", "transformer-engine")
 
 
@@ -207,11 +208,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                         "TRANSPORT_UNKNOWN", f"transport {request.transport} is not a Transport", field="transport"
                     )
                 verify = _verification(request.verify) if request.HasField("verify") else None
-                published = await self._trainer.sync(request.adapter_id, turn, verify)
+                published = await self._trainer.sync(request.adapter_id, turn, verify, _TRANSPORTS[request.transport])
             return trainer_pb2.SyncAdapterResponse(
                 version=published.version,
                 digest=published.digest,
-                transport=trainer_pb2.TRANSPORT_GRPC,
+                transport=f"TRANSPORT_{published.transport.name}",
                 sent_bytes=published.sent_bytes,
                 seconds=time.monotonic() - started,
                 replicas=[_replica_publication(outcome) for outcome in published.replicas],
@@ -397,6 +398,8 @@ def _replica_publication(outcome: ReplicaOutcome) -> trainer_pb2.ReplicaPublicat
         seconds=outcome.seconds,
         error=outcome.error,
         difference=_logprob_difference(outcome.difference) if outcome.difference else None,
+        transport=f"TRANSPORT_{outcome.transport.name}",
+        no_cuda_ipc=outcome.no_cuda_ipc,
     )
 
 

@@ -37,6 +37,7 @@ class TrainerConfig:
     samplers: as Discovery takes them; none for a trainer that publishes nowhere.
     checkpoints: folder for checkpoints, None for none.
     device: "cpu" or "cuda".
+    cuda_ipc: whether samplers on the same host may read weights out of GPU memory.
     command_timeout: seconds after which a rank is taken to hang.
     """
 
@@ -46,6 +47,7 @@ class TrainerConfig:
     metrics: str | None
     checkpoints: Path | None
     device: str
+    cuda_ipc: bool
     limits: Limits
     layout: Layout
     recompute_activations: bool
@@ -79,7 +81,12 @@ async def _serve(config: TrainerConfig, engine: Engine, executor: Executor) -> i
         if store is not None:
             await asyncio.to_thread(store.mark_published, adapter_id, version)
 
-    publisher = Publisher(Discovery(config.samplers), reserve, metrics) if config.samplers else None
+    cuda_ipc = None
+    if config.cuda_ipc and config.device == "cuda":
+        from trainer_service.publish.cuda_ipc import CudaIpc  # noqa: PLC0415  (needs CUDA's library)
+
+        cuda_ipc = CudaIpc(engine.device)
+    publisher = Publisher(Discovery(config.samplers), reserve, metrics, cuda_ipc) if config.samplers else None
     trainer = Trainer(engine, executor, metrics, publisher, store)
     servicer = TrainerServicer(trainer)
     server = rpc.Server(

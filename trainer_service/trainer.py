@@ -16,6 +16,7 @@ from service_common import checkpoint as checkpoints
 from service_common import errors, lora
 from service_common.checkpoint import Checkpoint
 from service_common.errors import ServiceError
+from tinkerbell.tensors import dtype_size
 from tinkerbell.v1 import common_pb2
 from trainer_service import batch
 from trainer_service.adamw import AdamParams
@@ -27,7 +28,6 @@ from trainer_service.engine import (
     AdapterInfo,
     Engine,
     OptimizerState,
-    Snapshot,
     StepResult,
     Tensors,
     adapter_not_found,
@@ -42,7 +42,9 @@ from trainer_service.publish import parity
 from trainer_service.publish.parity import Probe
 from trainer_service.publish.publisher import Comparison, Publication, Publisher
 from trainer_service.publish.replica import Served
+from trainer_service.publish.transaction import Transport
 from trainer_service.ranks import OnRankZero
+from trainer_service.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
 
@@ -238,7 +240,13 @@ class Trainer:
         async with self.turn(adapter_id, seq_id):
             return await self._replace(adapter_id, config, tensors)
 
-    async def sync(self, adapter_id: str, turn: Turn, verify: Verification | None = None) -> Publication:
+    async def sync(
+        self,
+        adapter_id: str,
+        turn: Turn,
+        verify: Verification | None = None,
+        transport: Transport = Transport.UNSPECIFIED,
+    ) -> Publication:
         """Publishes the adapter as it is at its turn, and passes the turn on as soon as the weights are copied.
 
         Training goes on while the tensors travel. Syncs of one adapter follow each other.
@@ -246,11 +254,12 @@ class Trainer:
         publisher = self._publisher()
         self._entry(adapter_id)
         dtype = await publisher.data_type()
-        snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype)
-        probe = await self._probe(adapter_id, verify) if verify else None
-        step = (await self._info(adapter_id)).step
-        turn.pass_on()
-        return await publisher.publish(adapter_id, snapshot, step, probe)
+        info = await self._info(adapter_id)
+        async with publisher.staged(info.num_parameters * dtype_size(dtype), transport) as staged:
+            snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype, staged.fill if staged else None)
+            probe = await self._probe(adapter_id, verify) if verify else None
+            turn.pass_on()
+            return await publisher.publish(adapter_id, snapshot, info.step, probe, staged, transport)
 
     async def verify(self, adapter_id: str, verify: Verification) -> tuple[Served, int, list[Comparison]]:
         """Compares the adapter as it is with what the samplers serve; see Publisher.compare. Inside the turn."""

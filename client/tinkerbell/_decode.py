@@ -125,7 +125,7 @@ def sync_result(message: trainer_pb2.SyncAdapterResponse) -> results.SyncResult:
     return results.SyncResult(
         version=message.version,
         digest=message.digest,
-        transport=_short_name(trainer_pb2.Transport, message.transport, "TRANSPORT_"),
+        transport=_transport(message.transport),
         sent_bytes=message.sent_bytes,
         seconds=message.seconds,
         replicas=tuple(
@@ -136,10 +136,16 @@ def sync_result(message: trainer_pb2.SyncAdapterResponse) -> results.SyncResult:
                 seconds=replica.seconds,
                 error=replica.error,
                 difference=_difference(replica),
+                transport=_transport(replica.transport),
+                no_cuda_ipc=replica.no_cuda_ipc,
             )
             for replica in message.replicas
         ),
     )
+
+
+def _transport(transport: trainer_pb2.Transport) -> str:
+    return _short_name(trainer_pb2.Transport, transport, "TRANSPORT_") if transport else ""
 
 
 def verify_result(message: trainer_pb2.VerifyAdapterResponse) -> results.VerifyResult:

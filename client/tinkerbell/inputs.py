@@ -14,6 +14,15 @@ from tinkerbell.v1 import sampler_pb2, trainer_pb2
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, str]]
 """Text; token ids; or chat messages, each {"role": "system" | "user" | "assistant", "content": text}."""
 
+Transport = Literal["auto", "cuda_ipc", "grpc"]
+"""How an adapter's tensors travel from the trainer to the samplers; "auto" is the fastest way to each of them."""
+
+_TRANSPORTS: dict[str, trainer_pb2.Transport] = {
+    "auto": trainer_pb2.TRANSPORT_UNSPECIFIED,
+    "cuda_ipc": trainer_pb2.TRANSPORT_CUDA_IPC,
+    "grpc": trainer_pb2.TRANSPORT_GRPC,
+}
+
 Loss = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "custom"]
 """A loss over per-token logprobs, as Tinker defines it (https://tinker-docs.thinkingmachines.ai/losses): a sum over
 tokens, so that gradients of two calls add up to the gradient of one call with both batches. With lp the logprob of a
@@ -142,6 +151,13 @@ def loss_function(loss: Loss) -> trainer_pb2.LossFunction:
     if loss not in _REQUIRED_INPUTS:
         raise ValueError(f"loss {loss!r} is not one of {', '.join(_REQUIRED_INPUTS)}")
     return getattr(trainer_pb2, f"LOSS_FUNCTION_{loss.upper()}")
+
+
+def transport_to_proto(transport: Transport) -> trainer_pb2.Transport:
+    """The transport on the wire. ValueError when there is none of that name."""
+    if transport not in _TRANSPORTS:
+        raise ValueError(f"transport {transport!r} is not one of {', '.join(_TRANSPORTS)}")
+    return _TRANSPORTS[transport]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,6 +215,10 @@ class ReplicaPublication:
     """Why it does not have the version; empty if it has."""
     difference: LogprobDifference | None
     """How far it is from the trainer, if that was asked for."""
+    transport: str
+    """How the tensors travelled to it: "cuda_ipc", "grpc", or "" if they did not have to."""
+    no_cuda_ipc: str
+    """Why they did not travel by CUDA IPC, if the trainer has it switched on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +258,7 @@ class SyncResult:
     digest: str
     """Its digest."""
     transport: str
-    """How the tensors travelled, for example "grpc"."""
+    """How the tensors travelled: "cuda_ipc", "grpc", or "" if none had to. Where samplers differ, the slower way."""
     sent_bytes: int
     """Payload bytes that were sent, to all samplers together; 0 when all had the version already."""
     seconds: float

@@ -126,8 +126,8 @@ async def test_seed_decides_the_weights(client) -> None:
         created = await client.create_lora_adapter(fresh_id(), rank=2, target_modules=["v_proj"], seed=seed)
         weights.append(await created.export_adapter_weights(as_dict=True))
         await created.remove()
-    (name, first), *_ = weights[0].items()
-    assert name == "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"
+    name = "base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight"
+    first = weights[0][name]
     assert np.array_equal(first, weights[1][name])
     assert not np.array_equal(first, weights[2][name])
     assert np.abs(first).max() <= 1 / math.sqrt(576)

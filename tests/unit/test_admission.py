@@ -38,8 +38,10 @@ class FakeEngine:
         for token in tokens:
             self.released.setdefault(token, asyncio.Event()).set()
 
-    async def install(self, version):
+    async def install(self, version, memory_id):
         raise NotImplementedError
+
+    open_device_memory = close_device_memory = install
 
     def drop(self, version):
         self.dropped.append(version.version)
@@ -92,6 +94,7 @@ def sampler(checkpoint, engine) -> Sampler:
         max_model_len=16,
         kv_cache_bytes=0,
         gpu_memory_utilization=None,
+        cuda_ipc=False,
         await_trainer=False,
     )
     return Sampler(config, checkpoint, engine, Tokenizer(checkpoint.folder))

@@ -36,7 +36,7 @@ class FakeEngine:
         self.go.set()
         self.error = None
 
-    async def install(self, version):
+    async def install(self, version, memory_id):
         await self.go.wait()
         if self.error:
             raise self.error

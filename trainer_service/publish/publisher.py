@@ -8,9 +8,11 @@ adopts the highest version that any of them serves, and reads it from that one w
 """
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,12 +20,16 @@ from service_common import errors
 from tinkerbell.errors import TinkerbellError, UnavailableError
 from tinkerbell.payload import PayloadError
 from tinkerbell.v1 import common_pb2, sampler_pb2
-from trainer_service.engine import Snapshot, adapter_not_found
+from trainer_service.engine import adapter_not_found
 from trainer_service.metrics import Metrics
 from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.parity import Difference, Probe
 from trainer_service.publish.replica import Replica, Served
-from trainer_service.publish.transaction import ReplicaOutcome, ReplicaState, Transaction
+from trainer_service.publish.transaction import ReplicaOutcome, ReplicaState, Transaction, Transport
+from trainer_service.snapshot import Snapshot
+
+if TYPE_CHECKING:  # needs CUDA's library
+    from trainer_service.publish.cuda_ipc import CudaIpc, Staged
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +51,11 @@ class Publication:
     def sent_bytes(self) -> int:
         """To all samplers together."""
         return sum(outcome.sent_bytes for outcome in self.replicas)
+
+    @property
+    def transport(self) -> Transport:
+        """The slowest way that a payload went."""
+        return max((outcome.transport for outcome in self.replicas), key=lambda transport: transport.value)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,9 @@ class _State:
 class Publisher:
     """Publishes to all samplers that a discovery finds."""
 
-    def __init__(self, discovery: Discovery, reserve: Reserve, metrics: Metrics):
+    def __init__(self, discovery: Discovery, reserve: Reserve, metrics: Metrics, cuda_ipc: "CudaIpc | None" = None):
+        """`cuda_ipc`: None to send everything over gRPC."""
+        self._cuda_ipc = cuda_ipc
         self._discovery = discovery
         self._reserve = reserve
         self._metrics = metrics
@@ -139,25 +152,53 @@ class Publisher:
             sampler=",".join(self.addresses),
         )
 
-    async def publish(self, adapter_id: str, snapshot: Snapshot, step: int, probe: Probe | None = None) -> Publication:
+    @contextlib.asynccontextmanager
+    async def staged(self, size_bytes: int, transport: Transport) -> "AsyncIterator[Staged | None]":
+        """Where to copy a payload to that goes by this transport, until the block ends; None if nowhere.
+
+        FAILED_PRECONDITION when this trainer does not have the transport.
+        """
+        if self._cuda_ipc and transport is not Transport.GRPC:
+            async with self._cuda_ipc.staged(size_bytes, self._in_order()) as staged:
+                yield staged
+        elif transport is Transport.CUDA_IPC:
+            raise errors.failed_precondition(
+                "CUDA_IPC_UNAVAILABLE",
+                "this trainer shows nobody its GPU memory; start it on a GPU with --cuda-ipc, or leave the transport "
+                "open",
+            )
+        else:
+            yield None
+
+    async def publish(
+        self,
+        adapter_id: str,
+        snapshot: Snapshot,
+        step: int,
+        probe: Probe | None = None,
+        staged: "Staged | None" = None,
+        transport: Transport = Transport.UNSPECIFIED,
+    ) -> Publication:
         """Makes the snapshot of an adapter after so many steps its current version on all samplers that are there.
 
-        Publications of one adapter follow each other in the order of the calls. ServiceError when nothing was
-        published; see Transaction.
+        `staged`: what `staged` gave, filled with the snapshot. Publications of one adapter follow each other in the
+        order of the calls. ServiceError when nothing was published; see Transaction.
         """
         adapter = self._adapter(adapter_id)
         digest = snapshot.manifest.digest
         async with adapter.lock:
             current = adapter.current
             number = current.version if current and current.digest == digest else self._next(adapter)
-            transaction = Transaction(adapter_id, snapshot, self._in_order(), probe)
+            transaction = Transaction(adapter_id, snapshot, self._in_order(), probe, staged, transport)
             version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
             adapter.current = _Current(version, digest, snapshot, step)
         for outcome in outcomes:
             if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
                 self._replicas[outcome.address].current_instance = ""
         publication = Publication(version, digest, outcomes)
-        self._metrics.pushed_bytes.inc(publication.sent_bytes)
+        for outcome in outcomes:
+            if outcome.sent_bytes:
+                self._metrics.pushed_bytes.labels(outcome.transport.name.lower()).inc(outcome.sent_bytes)
         differences = [outcome.difference.mean for outcome in outcomes if outcome.difference]
         if differences:
             self._metrics.drift.labels(adapter_id).set(max(differences))

@@ -1,5 +1,6 @@
 """One sampler, as the trainer sees it."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,10 @@ import numpy as np
 
 from service_common.rpc import MAX_MESSAGE_BYTES
 from tinkerbell import payload, tensors
-from tinkerbell.errors import DeadlineExceededError, TinkerbellError, UnavailableError, from_rpc_error
+from tinkerbell.errors import DeadlineExceededError, InternalError, TinkerbellError, UnavailableError, from_rpc_error
 from tinkerbell.push import PushStream, push
 from tinkerbell.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
-from trainer_service.engine import Snapshot
+from trainer_service.snapshot import Snapshot
 
 # A sampler that does not answer a question for this long is down. It answers them between two steps of its engine.
 _ANSWER_SECONDS = 10.0
@@ -41,13 +42,19 @@ class Replica:
         self.address = address
         self.dtype = common_pb2.DATA_TYPE_UNSPECIFIED  # of its weights, once it has answered
         self.current_instance = ""  # the process that was found to have every current version
+        self.cuda_ipc_host = ""  # the host of a sampler that takes payloads by CUDA IPC
+        self.cuda_ipc_obstacle = ""  # why that has failed with the process that answers there now
+        self._instance = ""
         self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
         self._stub = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     async def instance(self) -> str:
-        """The id of the process that answers there now; asks for the element type on the way."""
+        """The id of the process that answers there now; hears of its element type and host on the way."""
         info = await self._call(self._stub.GetBackendInfo, sampler_pb2.SamplerServiceGetBackendInfoRequest())
         self.dtype = info.base_model.dtype
+        self.cuda_ipc_host = info.cuda_ipc_host
+        if info.instance_id != self._instance:
+            self._instance, self.cuda_ipc_obstacle = info.instance_id, ""
         return info.instance_id
 
     async def served(self) -> dict[str, Served]:
@@ -61,6 +68,25 @@ class Replica:
     def push(self) -> PushStream:
         """A new push, for a transaction; close it in the end."""
         return PushStream(self._stub, _PUSH_SECONDS)
+
+    async def open_device_memory(self, handle: bytes, size_bytes: int) -> tuple[grpc.aio.Call, str]:
+        """Lets it open GPU memory: a call, as long as which the memory stays open, and the memory's id there."""
+        call = self._stub.OpenDeviceMemory(
+            sampler_pb2.OpenDeviceMemoryRequest(handle=handle, size_bytes=size_bytes, host=self.cuda_ipc_host)
+        )
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                answer = await call.read()
+        except TimeoutError:
+            call.cancel()
+            raise DeadlineExceededError(
+                f"{self.address} did not open GPU memory within {_ANSWER_SECONDS:g} s"
+            ) from None
+        except grpc.aio.AioRpcError as failure:
+            raise from_rpc_error(failure) from failure
+        if answer is grpc.aio.EOF:
+            raise InternalError(f"{self.address} ended the call for GPU memory without an answer")
+        return call, answer.memory_id
 
     async def push_whole(self, begin: sampler_pb2.PushBegin, content: memoryview) -> None:
         """Makes a version live on this sampler alone; nothing is sent when it is."""

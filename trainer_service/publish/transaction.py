@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -14,9 +15,12 @@ from service_common.errors import Code, ServiceError
 from tinkerbell.errors import AbortedError, AlreadyExistsError, TinkerbellError, UnavailableError
 from tinkerbell.push import PushStream
 from tinkerbell.v1 import sampler_pb2
-from trainer_service.engine import Snapshot
 from trainer_service.publish.parity import Difference, Probe
 from trainer_service.publish.replica import Replica, is_down
+from trainer_service.snapshot import Snapshot
+
+if TYPE_CHECKING:  # needs CUDA's library
+    from trainer_service.publish.cuda_ipc import Staged
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +38,14 @@ class ReplicaState(enum.Enum):
     DOWN = enum.auto()
 
 
+class Transport(enum.Enum):
+    """As in trainer.proto, the slowest last."""
+
+    UNSPECIFIED = 0
+    CUDA_IPC = 1
+    GRPC = 2
+
+
 @dataclass(frozen=True)
 class ReplicaOutcome:
     """What became of a version at one sampler; as ReplicaPublication in trainer.proto."""
@@ -44,6 +56,8 @@ class ReplicaOutcome:
     seconds: float
     error: str
     difference: Difference | None
+    transport: Transport
+    no_cuda_ipc: str
 
 
 @dataclass
@@ -52,6 +66,8 @@ class _Push:
     stream: PushStream
     live: sampler_pb2.AdapterVersion | None = None  # what it has of this digest, when it has
     logprobs: list = field(default_factory=list)
+    memory_id: str = ""  # of the GPU memory out of which it reads the payload, if it does
+    no_cuda_ipc: str = ""
     failure: TinkerbellError | None = None
     committed: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -75,12 +91,24 @@ class Transaction:
     that counts as down, and gets the version when it is back.
     """
 
-    def __init__(self, adapter_id: str, snapshot: Snapshot, replicas: Sequence[Replica], probe: Probe | None):
-        """`replicas`: all that are known."""
+    def __init__(
+        self,
+        adapter_id: str,
+        snapshot: Snapshot,
+        replicas: Sequence[Replica],
+        probe: Probe | None,
+        staged: "Staged | None" = None,
+        transport: Transport = Transport.UNSPECIFIED,
+    ):
+        """`replicas`: all that are known. `staged`: the snapshot in GPU memory, None not to use that; it must stay as
+        it is until `run` has ended. `transport`: CUDA_IPC to publish that way or not at all.
+        """
         self._adapter_id = adapter_id
         self._snapshot = snapshot
         self._replicas = replicas
         self._probe = probe
+        self._staged = staged
+        self._transport = transport
         self._pushes: list[_Push] = []
 
     async def run(self, number: int, reserve: Callable[[int], Awaitable[None]]) -> tuple[int, list[ReplicaOutcome]]:
@@ -108,9 +136,9 @@ class Transaction:
     async def _begin_everywhere(self, number: int) -> int:
         for _ in range(_MAX_NUMBERS):
             self._pushes = [_Push(replica, replica.push()) for replica in self._replicas]
-            begin = sampler_pb2.PushBegin(adapter_id=self._adapter_id, version=number, manifest=self._snapshot.manifest)
-            announce = functools.partial(_announce, begin)
+            announce = functools.partial(self._announce, number)
             await asyncio.gather(*(push.attempt(announce) for push in self._pushes))
+            self._check_transport(number)
             refusing = [push for push in self._pushes if push.failure and not is_down(push.failure)]
             taken = [
                 int(push.failure.metadata["latest_version"]) + 1
@@ -134,13 +162,54 @@ class Transaction:
             adapter_id=self._adapter_id,
         )
 
+    async def _announce(self, number: int, push: _Push) -> None:
+        """BEGIN at one sampler. It may not have noticed yet that the last push of the adapter was given up."""
+        if self._staged:
+            push.memory_id, push.no_cuda_ipc = await self._staged.opened_by(push.replica)
+        begin = sampler_pb2.PushBegin(
+            adapter_id=self._adapter_id,
+            version=number,
+            manifest=self._snapshot.manifest,
+            device_memory_id=push.memory_id,
+        )
+        patience = time.monotonic() + _BEGIN_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout(_BEGIN_SECONDS):
+                    committed = await push.stream.begin(begin)
+            except AbortedError as busy:
+                if busy.reason != "PUSH_IN_PROGRESS" or time.monotonic() > patience:
+                    raise
+                push.stream.close()
+                await asyncio.sleep(_BUSY_SECONDS)
+                push.stream = push.replica.push()
+            else:
+                push.live = committed.version if committed else None
+                return
+
+    def _check_transport(self, number: int) -> None:
+        """FAILED_PRECONDITION if the payload would go another way than the one that was demanded."""
+        if self._transport is not Transport.CUDA_IPC:
+            return
+        apart = [push for push in self._pushes if not (push.failure or push.live or push.memory_id)]
+        if apart:
+            obstacles = "; ".join(f"{push.replica.address}: {push.no_cuda_ipc}" for push in apart)
+            raise errors.failed_precondition(
+                "CUDA_IPC_UNAVAILABLE",
+                f"version {number} of adapter {self._adapter_id!r} was not published: CUDA IPC was asked for, and does "
+                f"not reach every sampler ({obstacles}); mend that, or leave the transport open",
+                adapter_id=self._adapter_id,
+                samplers=",".join(push.replica.address for push in apart),
+            )
+
     async def _make_ready(self, push: _Push) -> None:
         sequences = self._probe.sequences if self._probe else ()
         if push.live:
             if self._probe:
                 push.logprobs = await push.replica.score(self._adapter_id, push.live.version, sequences)
             return
-        await push.stream.send(self._snapshot.payload)
+        if not push.memory_id:
+            await push.stream.send(self._snapshot.payload)
         push.logprobs = await push.stream.prepare(sequences)
 
     async def _commit(self, push: _Push) -> None:
@@ -201,29 +270,16 @@ class Transaction:
         return ReplicaOutcome(
             address=push.replica.address,
             state=state,
-            sent_bytes=len(self._snapshot.payload) if state is ReplicaState.COMMITTED else 0,
+            sent_bytes=self._snapshot.manifest.size_bytes if state is ReplicaState.COMMITTED else 0,
             seconds=push.seconds,
             error=str(push.failure or ""),
             difference=self._difference(push) if push.committed else None,
+            transport=self._used(push) if state is ReplicaState.COMMITTED else Transport.UNSPECIFIED,
+            no_cuda_ipc=push.no_cuda_ipc,
         )
 
-
-async def _announce(begin: sampler_pb2.PushBegin, push: _Push) -> None:
-    """BEGIN at one sampler. It may not have noticed yet that the last push of the adapter was given up."""
-    patience = time.monotonic() + _BEGIN_SECONDS
-    while True:
-        try:
-            async with asyncio.timeout(_BEGIN_SECONDS):
-                committed = await push.stream.begin(begin)
-        except AbortedError as busy:
-            if busy.reason != "PUSH_IN_PROGRESS" or time.monotonic() > patience:
-                raise
-            push.stream.close()
-            await asyncio.sleep(_BUSY_SECONDS)
-            push.stream = push.replica.push()
-        else:
-            push.live = committed.version if committed else None
-            return
+    def _used(self, push: _Push) -> Transport:
+        return Transport.CUDA_IPC if push.memory_id else Transport.GRPC
 
 
 def _nobody_there(adapter_id: str, pushes: Sequence[_Push]) -> ServiceError:

@@ -16,7 +16,16 @@ from tinkerbell._order import OperationOrder
 from tinkerbell._retry import DEFAULT_RETRY, Retry, new_request_id
 from tinkerbell.custom_loss import CustomLoss
 from tinkerbell.errors import InternalError, NotFoundError, TinkerbellError
-from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig, Verification, loss_function
+from tinkerbell.inputs import (
+    AdamParams,
+    Datum,
+    Loss,
+    LossConfig,
+    Transport,
+    Verification,
+    loss_function,
+    transport_to_proto,
+)
 from tinkerbell.lora import LoraConfig
 from tinkerbell.v1 import common_pb2, trainer_pb2, trainer_pb2_grpc
 
@@ -164,10 +173,10 @@ class AsyncTrainerClient:
         return self._connection.start(self._forward(forward_request(adapter_id, data, loss, loss_config, overrides)))
 
     def sync_adapter_to_vllm(
-        self, adapter_id: str, verify: Verification | bool = False
+        self, adapter_id: str, verify: Verification | bool = False, transport: Transport = "auto"
     ) -> asyncio.Future[results.SyncResult]:
         """See `TrainerClient.sync_adapter_to_vllm`."""
-        return self._connection.start(self._sync_adapter_to_vllm(adapter_id, verify))
+        return self._connection.start(self._sync_adapter_to_vllm(adapter_id, verify, transport))
 
     def verify_adapter(
         self, adapter_id: str, verification: Verification | None = None
@@ -204,9 +213,9 @@ class AsyncTrainerClient:
         return _decode.forward_result(await self._connection.mutate(self._stub.Forward, request))
 
     def _sync_adapter_to_vllm(
-        self, adapter_id: str, verify: Verification | bool
+        self, adapter_id: str, verify: Verification | bool, transport: Transport
     ) -> Coroutine[Any, Any, results.SyncResult]:
-        request = sync_request(adapter_id, verify)
+        request = sync_request(adapter_id, verify, transport)
 
         async def sync() -> results.SyncResult:
             return _decode.sync_result(await self._connection.mutate(self._stub.SyncAdapter, request))
@@ -320,9 +329,11 @@ class AsyncTrainingRun:
         """See `TrainingRun.optim_step`."""
         return self._start(self._optim_step(adam, overrides))
 
-    def sync_adapter_to_vllm(self, verify: Verification | bool = False) -> asyncio.Future[results.SyncResult]:
+    def sync_adapter_to_vllm(
+        self, verify: Verification | bool = False, transport: Transport = "auto"
+    ) -> asyncio.Future[results.SyncResult]:
         """See `TrainingRun.sync_adapter_to_vllm`."""
-        return self._start(self._sync_adapter_to_vllm(verify))
+        return self._start(self._sync_adapter_to_vllm(verify, transport))
 
     def verify_adapter(self, verification: Verification | None = None) -> asyncio.Future[results.VerifyResult]:
         """See `TrainingRun.verify_adapter`."""
@@ -440,8 +451,10 @@ class AsyncTrainingRun:
         )
         return self._numbered(request, self._client._stub.OptimStep, _decode.optim_step_result)
 
-    def _sync_adapter_to_vllm(self, verify: Verification | bool) -> Coroutine[Any, Any, results.SyncResult]:
-        request = sync_request(self.adapter_id, verify)
+    def _sync_adapter_to_vllm(
+        self, verify: Verification | bool, transport: Transport
+    ) -> Coroutine[Any, Any, results.SyncResult]:
+        request = sync_request(self.adapter_id, verify, transport)
         return self._numbered(request, self._client._stub.SyncAdapter, _decode.sync_result)
 
     def _save_checkpoint(self, name: str, ttl_seconds: float) -> Coroutine[Any, Any, results.Checkpoint]:
@@ -562,9 +575,11 @@ async def _collect(opened: asyncio.Future[Export]) -> dict[str, np.ndarray]:
     return {name: array async for name, array in (await opened).arrays()}
 
 
-def sync_request(adapter_id: str, verify: Verification | bool) -> trainer_pb2.SyncAdapterRequest:
-    """The request to publish an adapter. ValueError when a probe is none."""
-    request = trainer_pb2.SyncAdapterRequest(adapter_id=adapter_id, request_id=new_request_id())
+def sync_request(adapter_id: str, verify: Verification | bool, transport: Transport) -> trainer_pb2.SyncAdapterRequest:
+    """The request to publish an adapter. ValueError when a probe is none, or a transport."""
+    request = trainer_pb2.SyncAdapterRequest(
+        adapter_id=adapter_id, request_id=new_request_id(), transport=transport_to_proto(transport)
+    )
     if verify:
         request.verify.CopyFrom((Verification() if verify is True else verify).to_proto())
     return request

@@ -12,7 +12,7 @@ from tinkerbell._background import loop_thread
 from tinkerbell._retry import DEFAULT_RETRY, Retry
 from tinkerbell.aio.trainer import AsyncTrainerClient, AsyncTrainingRun, export_request, forward_request
 from tinkerbell.custom_loss import CustomLoss
-from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig, Verification
+from tinkerbell.inputs import AdamParams, Datum, Loss, LossConfig, Transport, Verification
 
 
 class TrainerClient:
@@ -185,9 +185,11 @@ class TrainerClient:
         request = forward_request(adapter_id, data, loss, loss_config, overrides)
         return self._loop.submit(self._client._forward(request))
 
-    def sync_adapter_to_vllm(self, adapter_id: str, verify: Verification | bool = False) -> Future[results.SyncResult]:
+    def sync_adapter_to_vllm(
+        self, adapter_id: str, verify: Verification | bool = False, transport: Transport = "auto"
+    ) -> Future[results.SyncResult]:
         """As `TrainingRun.sync_adapter_to_vllm`, but not numbered: it runs when it arrives."""
-        return self._loop.submit(self._client._sync_adapter_to_vllm(adapter_id, verify))
+        return self._loop.submit(self._client._sync_adapter_to_vllm(adapter_id, verify, transport))
 
     def verify_adapter(self, adapter_id: str, verification: Verification | None = None) -> Future[results.VerifyResult]:
         """Compares the version that the samplers serve with the weights that the trainer holds.
@@ -301,7 +303,9 @@ class TrainingRun:
         """
         return self._loop.submit_to_the_end(self._run._optim_step(adam, overrides))
 
-    def sync_adapter_to_vllm(self, verify: Verification | bool = False) -> Future[results.SyncResult]:
+    def sync_adapter_to_vllm(
+        self, verify: Verification | bool = False, transport: Transport = "auto"
+    ) -> Future[results.SyncResult]:
         """Publishes the current weights as a new immutable version; done when all samplers serve it.
 
         When one of them fails, none changes, and the error says which failed. One that cannot be reached at all is left
@@ -310,8 +314,12 @@ class TrainingRun:
 
         `verify`: let every sampler score a probe first, and publish only what agrees with the trainer, or else raise
         FailedPreconditionError (SAMPLER_DISAGREES).
+
+        `transport`: "auto", the fastest way to each sampler; "grpc"; or "cuda_ipc", which raises
+        FailedPreconditionError (CUDA_IPC_UNAVAILABLE) when a sampler is not on the trainer's host, or one of them has
+        CUDA IPC switched off.
         """
-        return self._loop.submit_to_the_end(self._run._sync_adapter_to_vllm(verify))
+        return self._loop.submit_to_the_end(self._run._sync_adapter_to_vllm(verify, transport))
 
     def verify_adapter(self, verification: Verification | None = None) -> Future[results.VerifyResult]:
         """See `TrainerClient.verify_adapter`; not numbered: it runs when it arrives."""

@@ -30,14 +30,32 @@ class PushAdapterRequest(_message.Message):
     def __init__(self, begin: _Optional[_Union[PushBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., prepare: _Optional[_Union[PushPrepare, _Mapping]] = ...) -> None: ...
 
 class PushBegin(_message.Message):
-    __slots__ = ("adapter_id", "version", "manifest")
+    __slots__ = ("adapter_id", "version", "manifest", "device_memory_id")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_ID_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: int
     manifest: _common_pb2.AdapterManifest
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ...) -> None: ...
+    device_memory_id: str
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., manifest: _Optional[_Union[_common_pb2.AdapterManifest, _Mapping]] = ..., device_memory_id: _Optional[str] = ...) -> None: ...
+
+class OpenDeviceMemoryRequest(_message.Message):
+    __slots__ = ("handle", "size_bytes", "host")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    handle: bytes
+    size_bytes: int
+    host: str
+    def __init__(self, handle: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
+
+class OpenDeviceMemoryResponse(_message.Message):
+    __slots__ = ("memory_id",)
+    MEMORY_ID_FIELD_NUMBER: _ClassVar[int]
+    memory_id: str
+    def __init__(self, memory_id: _Optional[str] = ...) -> None: ...
 
 class PushPrepare(_message.Message):
     __slots__ = ("probes",)
@@ -377,7 +395,7 @@ class SamplerServiceGetBackendInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class SamplerServiceGetBackendInfoResponse(_message.Message):
-    __slots__ = ("base_model", "device", "versions", "max_rank", "max_loras", "keep_versions", "active_requests", "target_modules", "max_sequences", "active_sequences", "instance_id")
+    __slots__ = ("base_model", "device", "versions", "max_rank", "max_loras", "keep_versions", "active_requests", "target_modules", "max_sequences", "active_sequences", "instance_id", "cuda_ipc_host")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -396,6 +414,7 @@ class SamplerServiceGetBackendInfoResponse(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CUDA_IPC_HOST_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModelInfo
     device: str
     versions: _containers.ScalarMap[str, str]
@@ -407,4 +426,5 @@ class SamplerServiceGetBackendInfoResponse(_message.Message):
     max_sequences: int
     active_sequences: int
     instance_id: str
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_rank: _Optional[int] = ..., max_loras: _Optional[int] = ..., keep_versions: _Optional[int] = ..., active_requests: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., max_sequences: _Optional[int] = ..., active_sequences: _Optional[int] = ..., instance_id: _Optional[str] = ...) -> None: ...
+    cuda_ipc_host: str
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModelInfo, _Mapping]] = ..., device: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., max_rank: _Optional[int] = ..., max_loras: _Optional[int] = ..., keep_versions: _Optional[int] = ..., active_requests: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., max_sequences: _Optional[int] = ..., active_sequences: _Optional[int] = ..., instance_id: _Optional[str] = ..., cuda_ipc_host: _Optional[str] = ...) -> None: ...

@@ -43,6 +43,11 @@ class SamplerServiceStub:
                 request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterRequest.SerializeToString,
                 response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterResponse.FromString,
                 _registered_method=True)
+        self.OpenDeviceMemory = channel.unary_stream(
+                '/tinkerbell.v1.SamplerService/OpenDeviceMemory',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.OpenDeviceMemoryRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.OpenDeviceMemoryResponse.FromString,
+                _registered_method=True)
         self.ExportAdapterVersion = channel.unary_stream(
                 '/tinkerbell.v1.SamplerService/ExportAdapterVersion',
                 request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionRequest.SerializeToString,
@@ -108,6 +113,16 @@ class SamplerServiceServicer:
         PushPrepared: whoever pushes to several samplers sends COMMIT when all of them have the version ready. Without
         COMMIT nothing is installed, whatever ended the stream; a failed push leaves nothing behind. One push at a time
         per adapter; a second one is ABORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenDeviceMemory(self, request, context):
+        """Opens GPU memory of the caller's on every rank, so that payloads can be read out of it
+        (PushBegin.device_memory_id). Answers once, and keeps it open until the call ends, however it ends.
+        FAILED_PRECONDITION when this sampler takes no payloads that way (CUDA_IPC_OFF) or cannot reach the memory
+        (CUDA_IPC_UNREACHABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +210,11 @@ def add_SamplerServiceServicer_to_server(servicer, server):
                     request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterRequest.FromString,
                     response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterResponse.SerializeToString,
             ),
+            'OpenDeviceMemory': grpc.unary_stream_rpc_method_handler(
+                    servicer.OpenDeviceMemory,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.OpenDeviceMemoryRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.OpenDeviceMemoryResponse.SerializeToString,
+            ),
             'ExportAdapterVersion': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportAdapterVersion,
                     request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.ExportAdapterVersionRequest.FromString,
@@ -277,6 +297,33 @@ class SamplerService:
             '/tinkerbell.v1.SamplerService/PushAdapter',
             tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterRequest.SerializeToString,
             tinkerbell_dot_v1_dot_sampler__pb2.PushAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenDeviceMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tinkerbell.v1.SamplerService/OpenDeviceMemory',
+            tinkerbell_dot_v1_dot_sampler__pb2.OpenDeviceMemoryRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.OpenDeviceMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

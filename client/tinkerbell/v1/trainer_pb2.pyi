@@ -22,6 +22,7 @@ class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
     TRANSPORT_GRPC: _ClassVar[Transport]
+    TRANSPORT_CUDA_IPC: _ClassVar[Transport]
 
 class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,6 +39,7 @@ LOSS_FUNCTION_DRO: LossFunction
 LOSS_FUNCTION_CUSTOM: LossFunction
 TRANSPORT_UNSPECIFIED: Transport
 TRANSPORT_GRPC: Transport
+TRANSPORT_CUDA_IPC: Transport
 REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_COMMITTED: ReplicaState
 REPLICA_STATE_ALREADY_LIVE: ReplicaState
@@ -478,20 +480,24 @@ class SyncAdapterResponse(_message.Message):
     def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., replicas: _Optional[_Iterable[_Union[ReplicaPublication, _Mapping]]] = ...) -> None: ...
 
 class ReplicaPublication(_message.Message):
-    __slots__ = ("address", "state", "sent_bytes", "seconds", "error", "difference")
+    __slots__ = ("address", "state", "sent_bytes", "seconds", "error", "difference", "transport", "no_cuda_ipc")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NO_CUDA_IPC_FIELD_NUMBER: _ClassVar[int]
     address: str
     state: ReplicaState
     sent_bytes: int
     seconds: float
     error: str
     difference: LogprobDifference
-    def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., error: _Optional[str] = ..., difference: _Optional[_Union[LogprobDifference, _Mapping]] = ...) -> None: ...
+    transport: Transport
+    no_cuda_ipc: str
+    def __init__(self, address: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., sent_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., error: _Optional[str] = ..., difference: _Optional[_Union[LogprobDifference, _Mapping]] = ..., transport: _Optional[_Union[Transport, str]] = ..., no_cuda_ipc: _Optional[str] = ...) -> None: ...
 
 class LogprobDifference(_message.Message):
     __slots__ = ("mean", "max", "tokens")

@@ -1,0 +1,48 @@
+"""An adapter's tensors at one moment, on their way out of the trainer."""
+
+import torch
+
+from tinkerbell import payload
+from tinkerbell.v1 import common_pb2
+
+
+class Snapshot:
+    """A manifest, digest included, and the payload that it describes."""
+
+    def __init__(
+        self, manifest: common_pb2.AdapterManifest, content: memoryview, arrived: torch.cuda.Event | None = None
+    ):
+        """`content`: the payload in host memory, once `arrived` has happened."""
+        self.manifest = manifest
+        self._content = content
+        self._arrived = arrived
+
+    @property
+    def payload(self) -> memoryview:
+        """manifest.size_bytes of host memory; waits some milliseconds if they are still on their way from a GPU."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._content
+
+
+def take(manifest: common_pb2.AdapterManifest, content: torch.Tensor) -> Snapshot:
+    """Of a flat tensor that nobody changes any more, and whose manifest lacks nothing but the digest.
+
+    A GPU hashes it while it is copied to the host. When this returns all work is done that was queued before it.
+    """
+    if not content.is_cuda:
+        host = memoryview(content.view(torch.uint8).numpy())
+        manifest.digest = payload.digest(manifest, host)
+        return Snapshot(manifest, host)
+    from service_common.blake3_kernels import payload_hash  # noqa: PLC0415  (Triton)
+
+    pinned = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)  # PyTorch keeps such memory for the next
+    copying = torch.cuda.Stream()
+    copying.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(copying):
+        pinned.copy_(content, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    content.record_stream(copying)
+    manifest.digest = payload.digest_of(manifest, payload_hash(content))
+    return Snapshot(manifest, memoryview(pinned.view(torch.uint8).numpy()), arrived)
