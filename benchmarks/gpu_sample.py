@@ -29,6 +29,9 @@ from service_common import checkpoint
 from tinkerbell import Verification
 from tinkerbell.inputs import Transport
 
+# This process has used the GPU before vLLM starts its own from it.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
 RANK = 32
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
