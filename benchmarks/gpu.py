@@ -31,10 +31,10 @@ PLANS = {
     "scale.tenants": Plan(_TRAINING, "train", 120),
     "sample.vs_vllm_1": Plan(_SAMPLES, "sample", 60),
     "sample.vs_vllm_4": Plan(_SAMPLES, "sample", 60),
+    "parity.llama_8b": Plan(_SAMPLES, "sample", 60),
     "push.cuda_ipc_vs_disk": Plan(_SAMPLES, "sample", 60, needs_gpu=True),
     "push.grpc_vs_disk": Plan(_SAMPLES, "sample", 60),
     "loop.memory_vs_disk": Plan(_SAMPLES, "sample", 60),
-    "parity.llama_8b": Plan(_SAMPLES, "sample", 60),
     "push.200": Plan(_SAMPLES, "sample", 90),
     "parity.smollm2": Plan(_SAMPLES, "smollm2", 60),
 }

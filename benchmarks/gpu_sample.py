@@ -5,6 +5,7 @@ As on a CPU the sampler runs in this process and the trainer in its own; see sam
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -152,11 +155,40 @@ async def _push(world: World, folder: Path) -> None:
 # Pushes
 
 
+async def _pushes(world: World, number: int) -> None:
+    """Of new weights each, as soon as one has followed the other."""
+    for _ in range(number):
+        await world.train(1, 16)
+        await world.run.sync_adapter_to_vllm()
+    await asyncio.sleep(3)  # a version that nobody uses goes after a second
+
+
+@contextlib.contextmanager
+def _timed_installs(world: World) -> Iterator[list[float]]:
+    """Seconds that the sampler has waited for its workers to install a version, one by one."""
+    llm, seconds = world.engine.llm, []
+    original = llm.collective_rpc
+
+    async def collective_rpc(method: str, **arguments: Any) -> Any:
+        started = time.perf_counter()
+        answer = await original(method, **arguments)
+        if method == "tinkerbell_install":
+            seconds.append(time.perf_counter() - started)
+        return answer
+
+    llm.collective_rpc = collective_rpc
+    try:
+        yield seconds
+    finally:
+        llm.collective_rpc = original
+
+
 def push_vs_disk(quick: bool, transport: Transport, wanted: float) -> Row:
     """From trained weights to the first token of them."""
     world = _world(_folder(quick))
     disk = Disk(world)
     syncs, sent = [], []
+    world.do(functools.partial(_pushes, world, 2 if quick else 20))  # until every buffer has been used
 
     async def ours() -> None:
         started = time.perf_counter()
@@ -169,14 +201,16 @@ def push_vs_disk(quick: bool, transport: Transport, wanted: float) -> Row:
         async with disk.published() as lora:
             await bare_tokens(world, lora, 1)
 
-    times = harness.compare(
-        lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick), lambda: world.do(world.train)
-    )
+    with _timed_installs(world) as installs:
+        times = harness.compare(
+            lambda: world.do(ours), lambda: world.do(baseline), _repeats(quick), lambda: world.do(world.train)
+        )
     sync = statistics.median(syncs[1:])
     token = statistics.median(times.ours) - sync
     note = (
         f"{sent[-1] / 1e6:.0f} MB; PEFT's save_pretrained, then vLLM's loading; at least {wanted} wanted; SyncAdapter "
-        f"{sync * 1e3:.1f} ms, the first token, a step of the model, {token * 1e3:.1f} ms"
+        f"{sync * 1e3:.1f} ms, {statistics.median(installs[1:]) * 1e3:.1f} of them in vLLM's workers; the first token, "
+        f"a step of the model, {token * 1e3:.1f} ms"
     )
     return times.row(f"push.{transport}_vs_disk", note)
 
@@ -219,16 +253,9 @@ def repeated_pushes(quick: bool) -> Row:
     """What two services have in memory and open before and after 200 pushes."""
     world = _world(_folder(quick))
     count = 5 if quick else 200
-
-    async def pushes(number: int) -> None:
-        for _ in range(number):
-            await world.train(1, 16)
-            await world.run.sync_adapter_to_vllm()
-        await asyncio.sleep(3)  # a version that nobody uses goes after a second
-
-    world.do(functools.partial(pushes, count // 5))  # until pools and caches have their size
+    world.do(functools.partial(_pushes, world, count // 5))  # until pools and caches have their size
     before = _usage()
-    world.do(functools.partial(pushes, count))
+    world.do(functools.partial(_pushes, world, count))
     after = _usage()
     changes = ", ".join(f"{name} {before[name]:,.0f} to {after[name]:,.0f}" for name in before)
     return Row(

@@ -73,17 +73,38 @@ class Layout:
 class StoredAdapter(LoRAModel):
     """An adapter as it was pushed, in the guise in which vLLM's caches take one.
 
-    payload: [layout.size] in host memory, which must not change. on_device: the same where the model is, when that
-    happens to be there.
+    on_device: its payload where the model is, when that happens to be there.
     """
 
     def __init__(self, lora_id: int, layout: Layout, buffer: torch.Tensor):
-        """`buffer`: uint8, the payload's memory."""
+        """`buffer`: the payload in host memory, as uint8. It must not change."""
         super().__init__(lora_id, rank=0, loras={})  # nobody asks for either
         self.layout = layout
-        self._buffer = buffer  # SharedBuffers asks whether anybody has it
-        self.payload = buffer.view(layout.dtype)
         self.on_device: torch.Tensor | None = None
+        self._payload = buffer.view(layout.dtype)
+        self._arriving: torch.cuda.Event | None = None
+
+    @property
+    def payload(self) -> torch.Tensor:
+        """[layout.size] in host memory."""
+        self.settle()
+        return self._payload
+
+    def fetch(self, payload: torch.Tensor) -> None:
+        """Begins to fill the host memory from a GPU. Nobody else may write to `payload` any more."""
+        copying = torch.cuda.Stream()
+        copying.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(copying):
+            self._payload.copy_(payload, non_blocking=True)
+            self._arriving = torch.cuda.Event()
+            self._arriving.record()
+        payload.record_stream(copying)
+
+    def settle(self) -> None:
+        """Waits until it is full."""
+        if self._arriving:
+            self._arriving.synchronize()
+            self._arriving = None
 
 
 class SlotManager(LRUCacheLoRAModelManager):

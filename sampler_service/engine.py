@@ -254,6 +254,8 @@ class Engine:
                         f"tensor {not_finite!r}, scaled and rounded to this sampler's dtype, has an infinity or a NaN",
                         tensor=not_finite,
                     )
+            if memory_id and len(answers) > 1:
+                await self.settle(version)  # the first rank fills the buffer, and others may load from it
         except BaseException:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
             raise
@@ -271,6 +273,10 @@ class Engine:
         """Ends that, after what is under way."""
         with contextlib.suppress(errors.ServiceError):  # where vLLM has died nothing is open
             await self._on_all_ranks("tinkerbell_close_memory", memory_id)
+
+    async def settle(self, version: Version) -> None:
+        """Waits until the version's buffer has all of its payload, which comes later if it came from GPU memory."""
+        await self._on_all_ranks("tinkerbell_settle", version.uri)
 
     async def abort(self, request: LoRARequest) -> None:
         """Ends what runs for this very object."""

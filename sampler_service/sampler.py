@@ -139,6 +139,11 @@ class Sampler:
         with self.admitted(adapter_id, version, len(sequences)) as served_by:
             return served_by, await self.score(sequences, served_by)
 
+    async def payload(self, version: Version) -> memoryview:
+        """A version's payload as it was pushed, as long as the version stays."""
+        await self._engine.settle(version)
+        return version.payload.view
+
     def check_sequences(self, sequences: Sequence[Sequence[int]], field: str) -> None:
         """INVALID_ARGUMENT unless the model can score them."""
         for index, tokens in enumerate(sequences):

@@ -122,7 +122,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         with self._sampler.registry.use(request.adapter_id, request.version) as version:
             head = sampler_pb2.ExportedVersion(version=self._served_by(version), manifest=version.manifest)
             yield sampler_pb2.ExportAdapterVersionResponse(head=head)
-            for chunk in payload.chunks(version.payload.view):
+            for chunk in payload.chunks(await self._sampler.payload(version)):
                 yield sampler_pb2.ExportAdapterVersionResponse(chunk=chunk)
 
     async def LeaseVersion(

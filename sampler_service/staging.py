@@ -45,11 +45,12 @@ class StagingPool:
     used_bytes: in buffers that have been taken and not been closed.
     """
 
-    MAX_FREE = 4  # an adapter that is pushed again and again needs two beside its live versions
+    # What adapters come to that are pushed ten times a second, since a version goes a second after its last use.
+    _MAX_FREE_BYTES = 4 << 30
 
     def __init__(self) -> None:
         self.used_bytes = 0
-        self._free: collections.deque[StagingBuffer] = collections.deque()
+        self._free: collections.deque[StagingBuffer] = collections.deque()  # the first came first
 
     def take(self, size_bytes: int) -> StagingBuffer:
         """A buffer of this size, above 0, with anything in it. OSError when the host has no memory for it."""
@@ -64,5 +65,5 @@ class StagingPool:
     def _give_back(self, buffer: StagingBuffer) -> None:
         self.used_bytes -= buffer.size_bytes
         self._free.append(buffer)
-        if len(self._free) > self.MAX_FREE:
+        while sum(free.size_bytes for free in self._free) > self._MAX_FREE_BYTES:
             self._free.popleft().free()

@@ -5,12 +5,10 @@ path, the URI of a version that was pushed. The store behind these is the truth,
 and load again as they like.
 """
 
-import collections
 import functools
 import mmap
 import os
-import weakref
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from vllm.exceptions import LoRAAdapterNotFoundError
@@ -22,7 +20,6 @@ from vllm.v1.worker import lora_model_runner_mixin
 
 from sampler_service import cpu_lora
 from sampler_service.adapter_slots import Layout, SlotManager, StoredAdapter
-from sampler_service.staging import StagingPool
 from sampler_service.versions import URI_PREFIX
 from service_common import device_memory
 
@@ -33,22 +30,30 @@ class SharedBuffers:
     def __init__(self, pinned: bool):
         """`pinned`: lock them in place, so that a GPU copies at full speed, which takes longer still."""
         self._pinned = pinned
-        self._mapped: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-        self._latest: collections.deque[torch.Tensor] = collections.deque(maxlen=2 * StagingPool.MAX_FREE)
+        self._mapped: dict[int, tuple[BinaryIO, torch.Tensor]] = {}
 
     def open(self, path: str, size_bytes: int) -> torch.Tensor:
-        """uint8 [size_bytes]: the memory behind `path`, as long as somebody has this very tensor."""
-        with open(path, "r+b") as file:
-            key = os.fstat(file.fileno()).st_ino  # a path may soon mean another buffer
-            buffer = self._mapped.get(key)
-            if buffer is None:
-                buffer = torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=torch.uint8)
-                self._mapped[key] = buffer
+        """uint8 [size_bytes]: the memory behind `path`."""
+        self._close_freed()
+        file = open(path, "r+b")  # noqa: SIM115
+        key = os.fstat(file.fileno()).st_ino  # a path may soon mean another buffer
+        if key in self._mapped:
+            file.close()
+        else:
+            buffer = torch.frombuffer(mmap.mmap(file.fileno(), size_bytes), dtype=torch.uint8)
+            if self._pinned:
+                device_memory.pin(buffer)
+            self._mapped[key] = (file, buffer)
+        return self._mapped[key][1]
+
+    def _close_freed(self) -> None:
+        """What the service has given back to the system has no size any more."""
+        for key, (file, buffer) in list(self._mapped.items()):
+            if not os.fstat(file.fileno()).st_size:
                 if self._pinned:
-                    device_memory.pin(buffer)
-                    weakref.finalize(buffer, device_memory.unpin, buffer.data_ptr())
-        self._latest.append(buffer)
-        return buffer
+                    device_memory.unpin(buffer.data_ptr())
+                file.close()
+                del self._mapped[key]
 
 
 class StoreLoRAManager(LRUCacheWorkerLoRAManager):
@@ -82,7 +87,8 @@ class StoreLoRAManager(LRUCacheWorkerLoRAManager):
 
     def drop(self, uri: str, lora_id: int) -> None:
         """Forgets an adapter, if it is there."""
-        self.store.pop(uri, None)
+        if adapter := self.store.pop(uri, None):
+            adapter.settle()
         self.remove_adapter(lora_id)
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
@@ -125,15 +131,19 @@ class LoraWorkerExtension:
             return manager.install(request, adapter, adapter.payload.to(manager.device)), b""
         from service_common.blake3_kernels import payload_hash  # noqa: PLC0415  (Triton)
 
-        # First of all a copy: what is checked must be what is installed, and the memory may be another GPU's.
+        # First of all a copy: what is checked must be what is installed, and the memory may be another GPU's. Hashing
+        # waits for it, so that the memory can be written again when this returns.
         payload = torch.empty(parsed.size, dtype=parsed.dtype, device=manager.device)
         manager.device_memory[memory_id].copy_to(payload, 0)
         digest = payload_hash(payload)
         not_finite = manager.install(request, adapter, payload)
-        if self.rank == 0:
-            adapter.payload.copy_(payload)
-        torch.cuda.synchronize()
+        if self.rank == 0 and not not_finite:
+            adapter.fetch(payload)
         return not_finite, digest
+
+    def tinkerbell_settle(self, uri: str) -> None:
+        """Waits until the file of an adapter has all of its payload."""
+        self.model_runner.lora_manager.store[uri].settle()
 
     def tinkerbell_open_memory(self, memory_id: str, handle: bytes) -> str:
         """Opens another process's GPU memory; or answers with what CUDA says against it."""

@@ -100,6 +100,9 @@ class FakeEngine:
             version.payload.view[:] = SharedMemory.all[self.opened[memory_id]].numpy()[: version.payload.size_bytes]
         self.installed[version.lora_id] = float(np.frombuffer(version.payload.view[:4], np.float32)[0])
 
+    async def settle(self, version):
+        pass
+
     async def open_device_memory(self, memory_id, handle):
         if self.unreachable:
             raise errors.failed_precondition("CUDA_IPC_UNREACHABLE", self.unreachable)
