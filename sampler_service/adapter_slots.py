@@ -145,8 +145,8 @@ class SlotManager(LRUCacheLoRAModelManager):
     def _fill(self, slot: int, adapter: StoredAdapter) -> None:
         if self._shapes[slot] != adapter.layout.shapes:  # something would stay around or beside the new one
             self._shapes[slot] = None
-            for layer in self.modules.values():
-                layer.reset_lora(slot)
+            stacks = (stack for layer in self.modules.values() for stack in layer.lora_a_stacked + layer.lora_b_stacked)
+            torch._foreach_zero_([stack[slot] for stack in stacks])
         payload = adapter.payload.to(self.device) if adapter.on_device is None else adapter.on_device
         self._copying(adapter.layout, slot).fill(payload)
         self._shapes[slot] = adapter.layout.shapes
