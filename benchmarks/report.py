@@ -50,7 +50,8 @@ def draw(report: Report, file: Path) -> None:
     axes.bar_label(bars, [f"{row.ratio:.2f}" for row in rows], padding=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.margins(x=0.15)
-    axes.set(title=f"{report.machine}, {report.date[:10]}", xlabel="ratio to the baseline, above 1 when ours is better")
+    title = f"{report.machine}, {report.date[:10]}".replace("; ", "\n")  # a GPU and its host
+    axes.set(title=title, xlabel="ratio to the baseline, above 1 when ours is better")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
