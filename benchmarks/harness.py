@@ -97,6 +97,17 @@ class Times:
         return Row(name, statistics.median(self.ours), statistics.median(self.baseline), "s", f"{note}; {spread}")
 
 
+def seconds(call: Callable[[], object], repeats: int, finish: Callable[[], object] = lambda: None) -> list[float]:
+    """Times a call after one that is not timed; as `compare`, but alone."""
+    times = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        call()
+        finish()
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
 def compare(
     ours: Callable[[], object],
     baseline: Callable[[], object],

@@ -76,6 +76,7 @@ class World:
         config = SamplerConfig(
             model=str(folder),
             dtype="float32" if device == "cpu" else "bfloat16",
+            tensor_parallel=1,
             max_rank=max(rank, 8),
             max_loras=4,
             keep_versions=2,

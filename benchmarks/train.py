@@ -45,6 +45,11 @@ class Setting:
         """How far two correct losses may be apart, relatively: base weights are float32 or bfloat16."""
         return 1e-4 if self.device.type == "cpu" else 1e-2
 
+    def check_same(self, first: float, expected: float) -> None:
+        """RuntimeError unless the first losses of ours and PEFT's agree, which both have with B = 0."""
+        if abs(first - expected) > self.tolerance * expected:
+            raise RuntimeError(f"the first loss is {first} and PEFT's is {expected}: not the same computation")
+
     def finish(self) -> None:
         """Waits until the device has done what it was given."""
         if self.device.type == "cuda":
@@ -177,25 +182,32 @@ def vs_peft(setting: Setting, name: str, count: int, length: int, wanted: float)
     engine = loaded_engine(setting.folder, setting.device)
     data = random_data(engine, [length] * count)
     params = AdamParams(learning_rate=1e-4)
-    theirs, step_name = _peft_step(setting, np.stack([datum.tokens for datum in data]), params)
+    theirs, step_name = peft_step(setting, data, params)
     with tenants(engine, 1, setting.rank) as (tenant,):
-
-        def ours() -> float:
-            (result,) = forward_backward(engine, [part(tenant, data)])
-            engine.optim_step(tenant, params)
-            return losses.metrics(result.sums)["loss:mean"]
-
-        # Both begin with B = 0: unless they agree now, they don't compute the same.
-        first, expected = ours(), theirs()
-        if abs(first - expected) > setting.tolerance * expected:
-            raise RuntimeError(f"the first loss is {first} and PEFT's is {expected}: not the same computation")
+        ours = our_step(engine, tenant, data, params)
+        setting.check_same(ours(), theirs())
         times = setting.compare(ours, theirs)
         bound = setting.bound(engine, count * length, times, ours)
-    note = (
+    return times.row(name, vs_peft_note(count, length, step_name, wanted) + bound)
+
+
+def vs_peft_note(count: int, length: int, step_name: str, wanted: float) -> str:
+    """What is measured and what is wanted."""
+    return (
         f"{count} x {length} tokens, forward, backward, step; PEFT with SDPA and {step_name} AdamW; at least {wanted} "
-        f"wanted{bound}"
+        "wanted"
     )
-    return times.row(name, note)
+
+
+def our_step(engine: Engine, tenant: str, data: Sequence[Datum], params: AdamParams) -> Callable[[], float]:
+    """A whole step of a tenant's, which returns the mean loss."""
+
+    def step() -> float:
+        (result,) = forward_backward(engine, [part(tenant, data)])
+        engine.optim_step(tenant, params)
+        return losses.metrics(result.sums)["loss:mean"]
+
+    return step
 
 
 @functools.cache
@@ -219,10 +231,10 @@ def peft_forward_backward(model: torch.nn.Module, batch: torch.Tensor) -> torch.
     return loss.detach()
 
 
-def _peft_step(setting: Setting, tokens: np.ndarray, params: AdamParams) -> tuple[Callable[[], float], str]:
+def peft_step(setting: Setting, data: Sequence[Datum], params: AdamParams) -> tuple[Callable[[], float], str]:
     """A whole step with PEFT, which returns the mean loss, and which of PyTorch's AdamWs it uses: the faster one."""
     model = peft_model(setting.folder, setting.device, setting.rank)
-    batch = torch.from_numpy(tokens).to(setting.device)
+    batch = torch.from_numpy(np.stack([datum.tokens for datum in data])).to(setting.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def optimizer(kind: str) -> torch.optim.AdamW:

@@ -28,6 +28,7 @@ def run(
     dtype: Annotated[
         Dtype, typer.Option(help="Of the base weights. auto: the checkpoint's own, as vLLM reads it.")
     ] = Dtype.AUTO,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
     max_rank: Annotated[int, typer.Option(min=1, max=512, help="Largest rank that an adapter may have.")] = 64,
     max_loras: Annotated[int, typer.Option(min=1, help="Adapter versions that one engine step can mix.")] = 4,
     keep_versions: Annotated[
@@ -74,6 +75,7 @@ def run(
     config = SamplerConfig(
         model=model,
         dtype=dtype.value,
+        tensor_parallel=tensor_parallel,
         max_rank=max_rank,
         max_loras=max_loras,
         keep_versions=keep_versions,

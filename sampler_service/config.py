@@ -9,6 +9,7 @@ class SamplerConfig:
 
     model: checkpoint folder or hub name.
     dtype: "auto", "float32" or "bfloat16", of the base weights.
+    tensor_parallel: GPUs, or processes on a CPU, that share every layer.
     max_rank: largest LoRA rank that a push may have.
     max_loras: adapter versions that one engine step can mix; requests on more wait.
     keep_versions: live versions kept per adapter besides those with running requests.
@@ -23,6 +24,7 @@ class SamplerConfig:
 
     model: str
     dtype: str
+    tensor_parallel: int
     max_rank: int
     max_loras: int
     keep_versions: int

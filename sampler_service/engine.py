@@ -82,9 +82,11 @@ class Engine:
         if on_cpu:
             arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or _CPU_KV_CACHE_BYTES
             arguments["max_num_batched_tokens"] = 512  # longer prompts take several steps, and others decode between
-            # One process less: half a minute of imports, and a hop in every step. By class, since vLLM makes a process
-            # of its own of "uni" on a CPU, in order to choose its number of threads; `environment` has done that.
-            arguments["distributed_executor_backend"] = UniProcExecutor
+            if config.tensor_parallel == 1:
+                # One process less: half a minute of imports, and a hop in every step. By class, since vLLM makes a
+                # process of its own of "uni" on a CPU, in order to choose its number of threads; `environment` has done
+                # that.
+                arguments["distributed_executor_backend"] = UniProcExecutor
         elif config.dtype == "float32":
             raise errors.invalid_argument(
                 "DATA_TYPE_UNSUPPORTED",
@@ -102,6 +104,7 @@ class Engine:
             AsyncEngineArgs(
                 model=str(checkpoint.folder),
                 dtype=config.dtype,
+                tensor_parallel_size=config.tensor_parallel,
                 max_model_len=config.max_model_len,
                 skip_tokenizer_init=not has_tokenizer,
                 enable_prefix_caching=True,

@@ -6,9 +6,13 @@ What the operator has set stays.
 import importlib.util
 import os
 
+# The process with which vLLM's are to end.
+SAMPLER_PID = "TINKERBELL_SAMPLER_PID"
+
 
 def prepare() -> None:
     """To be called before vLLM is imported."""
+    os.environ[SAMPLER_PID] = str(os.getpid())
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         # Its own logging setup would print every line a second time, in another format.

@@ -8,6 +8,9 @@ and load again as they like.
 import functools
 import mmap
 import os
+import select
+import signal
+import threading
 from typing import Any, BinaryIO
 
 import torch
@@ -20,6 +23,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 
 from sampler_service import cpu_lora
 from sampler_service.adapter_slots import Layout, SlotManager, StoredAdapter
+from sampler_service.environment import SAMPLER_PID
 from sampler_service.versions import URI_PREFIX
 from service_common import device_memory
 
@@ -101,6 +105,18 @@ class StoreLoRAManager(LRUCacheWorkerLoRAManager):
         return adapter
 
 
+def _end_with(pid: int) -> None:
+    """Ends this process when that one has ended. vLLM's processes do not notice that their parent was killed."""
+    process = os.pidfd_open(pid)
+
+    def wait() -> None:
+        select.select([process], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+_end_with(int(os.environ[SAMPLER_PID]))
 # This module is imported before the worker makes its manager, by the name that is replaced.
 lora_model_runner_mixin.LRUCacheWorkerLoRAManager = StoreLoRAManager
 if current_platform.is_cpu():

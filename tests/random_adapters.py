@@ -39,11 +39,14 @@ def random_adapter(
 ) -> Adapter:
     """All modules, float32, B not zero."""
     lora = common_pb2.LoraConfig(rank=rank, alpha=alpha, target_modules=TARGET_MODULES)
+    return random_adapter_like(checkpoint, seed, lora, b_std)
+
+
+def random_adapter_like(checkpoint: Checkpoint, seed: int, lora: common_pb2.LoraConfig, b_std: float = 0.02) -> Adapter:
+    """Of this shape, every field of which is set; float32, B not zero."""
     generator = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in tensor_shapes(
-        checkpoint, common_pb2.LoraConfig(rank=rank, alpha=1.0, target_modules=TARGET_MODULES)
-    ):
+    for name, shape in tensor_shapes(checkpoint, lora):
         std = 1 / np.sqrt(shape[1]) if ".lora_A." in name else b_std
         tensors[name] = (generator.standard_normal(shape) * std).astype(np.float32)
     return Adapter.of(tensors, lora, checkpoint.fingerprint)
@@ -63,7 +66,14 @@ def peft_model(folder: Path, adapter: Adapter) -> torch.nn.Module:
     """Hugging Face's model with the adapter on it, in float32."""
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lora = adapter.manifest.lora
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.target_modules),
+        use_rslora=lora.use_rslora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+    )
     model = peft.get_peft_model(base, config)
     weights = {name: torch.from_numpy(tensor) for name, tensor in adapter.tensors.items()}
     loaded = peft.set_peft_model_state_dict(model, weights)

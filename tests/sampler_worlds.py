@@ -131,6 +131,7 @@ class SamplerWorld:
         config = SamplerConfig(
             model="model",
             dtype="float32",
+            tensor_parallel=1,
             max_rank=8,
             max_loras=4,
             keep_versions=2,

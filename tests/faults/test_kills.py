@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
 import pytest
 from processes import ServiceProcess, start_sampler, start_trainer, wait_ready
 from sampler_worlds import SamplerWorld
@@ -93,11 +94,14 @@ async def test_a_sampler_that_is_killed_in_a_push_comes_back_whole(smollm2) -> N
                 assert alike((await served())[1], old)
                 new = await train(run)
                 assert not alike(old, new)
+                engine = psutil.Process(process.process.pid).children(recursive=True)
                 with pytest.raises(TinkerbellError) as failure:
                     await run.sync_adapter_to_vllm()
                 lost_at_begin = point == "push.begun"
                 assert failure.value.reason == ("SAMPLER_UNREACHABLE" if lost_at_begin else "PUSH_FAILED"), point
                 assert await asyncio.to_thread(process.process.wait, 60) == -9, point
+                _, orphans = await asyncio.to_thread(psutil.wait_procs, engine, 10)
+                assert not orphans, point
                 process = start(following)
                 await asyncio.to_thread(wait_ready, process)
                 version, logprobs = await served()

@@ -87,6 +87,7 @@ def sampler(checkpoint, engine) -> Sampler:
     config = SamplerConfig(
         model="toy",
         dtype="auto",
+        tensor_parallel=1,
         max_rank=8,
         max_loras=2,
         keep_versions=1,
