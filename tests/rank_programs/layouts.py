@@ -55,7 +55,7 @@ def train_tenants(engine: Engine, found: Checkpoint) -> dict[str, np.ndarray]:
 
     def record(name: str, adapter_id: str, buffer_name: str) -> None:
         arena = engine._adapters[adapter_id].arena
-        results[name] = engine._gather(arena, getattr(arena, buffer_name)).cpu().numpy()
+        results[name] = engine._gather(arena, getattr(arena, buffer_name)).to("cpu", copy=True).numpy()
 
     rng = np.random.default_rng(0)
     for number, (adapter_id, (config, _)) in enumerate(TENANTS.items()):
