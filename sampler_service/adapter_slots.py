@@ -17,6 +17,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from sampler_service.slot_copies import Copies, Copy
+from service_common import device_memory
 from service_common.lora import module_scale, path_of
 from tinkerbell import tensors
 from tinkerbell.v1 import common_pb2
@@ -56,11 +57,12 @@ class Layout:
         ]
         self.size = sum(math.prod(factor.shape) for factor in self.factors)
         self.shapes = {factor.name: factor.shape for factor in self.factors}
+        self._largest_scale = max(factor.scale for factor in self.factors)
 
     def not_finite(self, payload: torch.Tensor, dtype: torch.dtype) -> str:
         """The first tensor that, scaled and rounded to `dtype`, has an infinity or a NaN; "" if none has."""
         least, most = torch.aminmax(payload)  # a NaN anywhere makes both NaN
-        bound = max(-least.item(), most.item()) * max(1.0, *(factor.scale for factor in self.factors))
+        bound = max(-least.item(), most.item()) * self._largest_scale
         if bound <= torch.finfo(dtype).max:
             return ""
         for factor in self.factors:
@@ -92,13 +94,7 @@ class StoredAdapter(LoRAModel):
 
     def fetch(self, payload: torch.Tensor) -> None:
         """Begins to fill the host memory from a GPU. Nobody else may write to `payload` any more."""
-        copying = torch.cuda.Stream()
-        copying.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(copying):
-            self._payload.copy_(payload, non_blocking=True)
-            self._arriving = torch.cuda.Event()
-            self._arriving.record()
-        payload.record_stream(copying)
+        self._arriving = device_memory.copy_to_host(payload, self._payload)
 
     def settle(self) -> None:
         """Waits until it is full."""

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import structlog
 
 from service_common import errors
-from service_common.describe import host_id
+from service_common.cuda_ipc import HANDLE_BYTES, host_id
 
 log = structlog.get_logger(__name__)
-
-_HANDLE_BYTES = 64  # of CUDA's handles
 
 # Open memory by its handle, and close it, under an id, on every rank.
 Open = Callable[[str, bytes], Awaitable[None]]
@@ -37,9 +35,9 @@ class DeviceMemory:
     @contextlib.asynccontextmanager
     async def opened(self, handle: bytes, size_bytes: int, host: str) -> AsyncIterator[str]:
         """Opens memory until the block ends, and gives its id. INVALID_ARGUMENT, FAILED_PRECONDITION."""
-        if len(handle) != _HANDLE_BYTES:
+        if len(handle) != HANDLE_BYTES:
             raise errors.invalid_argument(
-                "HANDLE_INVALID", f"the handle has {len(handle)} bytes, and must have {_HANDLE_BYTES}", field="handle"
+                "HANDLE_INVALID", f"the handle has {len(handle)} bytes, and must have {HANDLE_BYTES}", field="handle"
             )
         if not self.host:
             raise errors.failed_precondition(

@@ -224,11 +224,11 @@ class Engine:
             [entry[token].logprob for token, entry in zip(tokens[1:], prompt_logprobs[1:], strict=True)], np.float32
         )
 
-    async def install(self, version: Version, memory_id: str = "") -> None:
+    async def install(self, version: Version, memory_id: str) -> None:
         """Brings a version into every worker and into a slot of its layers; or leaves nothing anywhere.
 
-        `memory_id`: of the GPU memory that has the payload, which is copied to the version's buffer as well; without
-        one the buffer has it, and its digest was checked.
+        `memory_id`: of the GPU memory that has the payload, which is copied to the version's buffer as well; if it is
+        empty the buffer has the payload, and its digest was checked.
 
         INVALID_ARGUMENT when a number is not finite, DATA_LOSS when GPU memory does not have what was announced.
         """

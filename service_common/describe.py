@@ -2,7 +2,6 @@
 
 import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
 
 from service_common.checkpoint import Checkpoint
 from tinkerbell.v1 import common_pb2
@@ -23,11 +22,6 @@ def base_model_info(
         num_parameters=checkpoint.num_parameters,
         dtype=dtype,
     )
-
-
-def host_id() -> str:
-    """The same for all processes that share a kernel, containers included, and drawn anew when it starts."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:

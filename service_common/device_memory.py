@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cuda.bindings import runtime as cudart
 
-HANDLE_BYTES = 64
+from service_common.cuda_ipc import HANDLE_BYTES
 
 
 class DeviceMemoryError(Exception):
@@ -59,6 +59,21 @@ class OpenedMemory:
     def close(self) -> None:
         """No copy may be under way."""
         _checked(cudart.cudaIpcCloseMemHandle(self._address))
+
+
+def copy_to_host(content: torch.Tensor, host: torch.Tensor) -> torch.cuda.Event:
+    """Begins to copy from a GPU to pinned memory, beside what else the GPU does; the event happens at the end.
+
+    Nobody may write to `content` any more.
+    """
+    copying = torch.cuda.Stream()
+    copying.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(copying):
+        host.copy_(content, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    content.record_stream(copying)
+    return arrived
 
 
 def pin(memory: torch.Tensor) -> None:

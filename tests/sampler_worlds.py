@@ -1,6 +1,7 @@
 """Samplers with everything but vLLM: the real servicer, registry and pushes over gRPC. For tests of publishing."""
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,9 @@ from service_common.rpc import Server
 from tinkerbell import payload
 from tinkerbell.local import free_address
 from tinkerbell.v1 import common_pb2, sampler_pb2_grpc
+from trainer_service.metrics import Metrics
+from trainer_service.publish.discovery import Discovery
+from trainer_service.publish.publisher import Publisher
 from trainer_service.snapshot import Snapshot
 
 HIDDEN = 8
@@ -167,3 +171,28 @@ class SamplerWorld:
             entry.version.version: self.engine.installed[entry.version.lora_id]
             for entry in self.sampler.registry.adapters().get(adapter_id, [])
         }
+
+
+@contextlib.asynccontextmanager
+async def publishing(worlds, used=0, reserved=None, adapter_ids="ab", cuda_ipc=None):
+    """A publisher to these samplers that looks after adapters a and b, or others with names of one letter."""
+
+    async def reserve(adapter_id, version):
+        if reserved is not None:
+            reserved.append((adapter_id, version))
+
+    publisher = Publisher(Discovery([world.address for world in worlds]), reserve, Metrics(), cuda_ipc)
+    for adapter_id in adapter_ids:
+        publisher.manage(adapter_id, used)
+    publisher.start()
+    try:
+        await publisher.data_type()
+        yield publisher
+    finally:
+        await publisher.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

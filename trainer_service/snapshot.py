@@ -35,14 +35,9 @@ def take(manifest: common_pb2.AdapterManifest, content: torch.Tensor) -> Snapsho
         manifest.digest = payload.digest(manifest, host)
         return Snapshot(manifest, host)
     from service_common.blake3_kernels import payload_hash  # noqa: PLC0415  (Triton)
+    from service_common.device_memory import copy_to_host  # noqa: PLC0415  (CUDA's library)
 
     pinned = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)  # PyTorch keeps such memory for the next
-    copying = torch.cuda.Stream()
-    copying.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(copying):
-        pinned.copy_(content, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-    content.record_stream(copying)
+    arrived = copy_to_host(content, pinned)
     manifest.digest = payload.digest_of(manifest, payload_hash(content))
     return Snapshot(manifest, memoryview(pinned.view(torch.uint8).numpy()), arrived)

@@ -4,18 +4,16 @@ import asyncio
 import contextlib
 
 import pytest
+import sampler_worlds
 import torch
-from sampler_worlds import SamplerWorld, SharedMemory, snapshot, tiny_checkpoint
+from sampler_worlds import SamplerWorld, SharedMemory, snapshot, tiny_checkpoint, until
 
 from sampler_service.device_memory import DeviceMemory
-from service_common import describe
+from service_common.cuda_ipc import host_id
 from service_common.errors import Code, ServiceError
-from trainer_service.metrics import Metrics
 from trainer_service.publish import cuda_ipc as cuda_ipc_module
 from trainer_service.publish import publisher as publisher_module
 from trainer_service.publish.cuda_ipc import CudaIpc
-from trainer_service.publish.discovery import Discovery
-from trainer_service.publish.publisher import Publisher
 from trainer_service.publish.transaction import Transport
 
 
@@ -33,19 +31,10 @@ def stand_ins(monkeypatch):
 
 @contextlib.asynccontextmanager
 async def publishing(*worlds, on=True):
-    async def reserve(adapter_id, version):
-        pass
-
     cuda_ipc = CudaIpc(torch.device("cpu")) if on else None
-    publisher = Publisher(Discovery([world.address for world in worlds]), reserve, Metrics(), cuda_ipc)
-    for adapter_id in "abcdef":
-        publisher.manage(adapter_id)
-    publisher.start()
-    try:
-        await until(lambda: all(replica.dtype for replica in publisher._in_order()) and publisher.addresses)
+    async with sampler_worlds.publishing(worlds, adapter_ids="abcdef", cuda_ipc=cuda_ipc) as publisher:
+        await until(lambda: all(replica.dtype for replica in publisher._in_order()))  # all of them have been asked
         yield publisher
-    finally:
-        await publisher.close()
 
 
 @contextlib.asynccontextmanager
@@ -55,12 +44,6 @@ async def sampler(checkpoint, device="cuda", cuda_ipc=True):
         yield world
     finally:
         await world.stop()
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
 
 
 async def publish(publisher, content, transport=Transport.UNSPECIFIED, adapter_id="a"):
@@ -175,7 +158,7 @@ async def test_only_memory_that_is_open_and_large_enough_can_have_a_payload():
         del opened[memory_id]
 
     memory = DeviceMemory(True, open_, close)
-    async with memory.opened(b"h" * 64, 100, describe.host_id()) as memory_id:
+    async with memory.opened(b"h" * 64, 100, host_id()) as memory_id:
         assert opened == {memory_id: b"h" * 64}
         memory.check(memory_id, 100)
         with pytest.raises(ServiceError, check=lambda error: error.reason == "PAYLOAD_TOO_LARGE"):
@@ -184,9 +167,9 @@ async def test_only_memory_that_is_open_and_large_enough_can_have_a_payload():
     with pytest.raises(ServiceError, check=lambda error: error.reason == "DEVICE_MEMORY_NOT_FOUND"):
         memory.check(memory_id, 1)
     for off, handle, host, reason in (
-        (False, b"h" * 63, describe.host_id(), "HANDLE_INVALID"),
+        (False, b"h" * 63, host_id(), "HANDLE_INVALID"),
         (False, b"h" * 64, "elsewhere", "CUDA_IPC_UNREACHABLE"),
-        (True, b"h" * 64, describe.host_id(), "CUDA_IPC_OFF"),
+        (True, b"h" * 64, host_id(), "CUDA_IPC_OFF"),
     ):
         with pytest.raises(ServiceError, check=lambda error, reason=reason: error.reason == reason):
             async with DeviceMemory(not off, open_, close).opened(handle, 1, host):

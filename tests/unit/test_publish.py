@@ -1,10 +1,9 @@
 """Publishing to several samplers: all or none, and all of them current again."""
 
 import asyncio
-import contextlib
 
 import pytest
-from sampler_worlds import SamplerWorld, scores, snapshot, tiny_checkpoint
+from sampler_worlds import SamplerWorld, publishing, scores, snapshot, tiny_checkpoint, until
 
 from service_common import errors
 from service_common.errors import Code, ServiceError
@@ -34,31 +33,6 @@ async def samplers(checkpoint):
     yield worlds
     for world in worlds:
         await world.stop()
-
-
-@contextlib.asynccontextmanager
-async def publishing(worlds, used=0, reserved=None):
-    """A publisher that looks after adapters a and b."""
-
-    async def reserve(adapter_id, version):
-        if reserved is not None:
-            reserved.append((adapter_id, version))
-
-    publisher = Publisher(Discovery([world.address for world in worlds]), reserve, Metrics())
-    for adapter_id in ("a", "b"):
-        publisher.manage(adapter_id, used)
-    publisher.start()
-    try:
-        await publisher.data_type()
-        yield publisher
-    finally:
-        await publisher.close()
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
 
 
 def states(publication):

@@ -174,37 +174,34 @@ class Arena:
         self._spilled = None
 
     def _lay_out(self, config: common_pb2.LoraConfig) -> dict[tuple[int, str], list[tuple[str, str]]]:
-        """Gives every tensor of this rank its place, the As of a fused layer side by side, copies last."""
+        """Gives every tensor of this rank its place in payload order, where the As of a fused layer are neighbours."""
         linears = {}
-        shared: list[str] = []
-        copies: list[str] = []
         for layer in self._shard.layers:
             for linear, fused in FUSED_MODULES.items():
                 modules = [module for module in fused if module in config.target_modules]
                 paths = [(module, lora.module_path(layer, module)) for module in modules]
-                for half in "AB":
-                    for name in (lora.peft_name(path, half) for _, path in paths):
-                        (shared if _is_shared(name) else copies).append(name)
                 if paths:
                     linears[layer, linear] = paths
-        self._size = 0
-        for names in (shared, copies):
-            start = self._size
-            for name in names:
-                self._size = self._place(name, self._size, is_shared=names is shared)
-            self._num_copies = self._size - start
+        here = {path for paths in linears.values() for _, path in paths}
+        self._size = self._num_copies = 0
+        for name in self._shapes:
+            if lora.path_of(name) in here:
+                size = self._place(name)
+                self._num_copies += 0 if _is_shared(name) else size
+                self._size += size
         return linears
 
-    def _place(self, name: str, offset: int, is_shared: bool) -> int:
+    def _place(self, name: str) -> int:
+        """Gives this rank's part of a tensor the place after the last one; returns its number of elements."""
         rows, columns = self._shapes[name]
         part = [slice(0, rows), slice(0, columns)]
-        if is_shared:
+        if _is_shared(name):
             axis = 1 if ".lora_A." in name else 0
             length = self._shapes[name][axis] // self._shard.size
             part[axis] = slice(self._shard.index * length, (self._shard.index + 1) * length)
         shape = (part[0].stop - part[0].start, part[1].stop - part[1].start)
-        self._places[name] = _Place(offset, shape, (part[0], part[1]))
-        return offset + math.prod(shape)
+        self._places[name] = _Place(self._size, shape, (part[0], part[1]))
+        return math.prod(shape)
 
     def _linear_adapter(self, paths: list[tuple[str, str]], config: common_pb2.LoraConfig) -> LinearAdapter:
         first = self._places[lora.peft_name(paths[0][1], "A")]

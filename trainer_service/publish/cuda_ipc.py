@@ -8,7 +8,7 @@ import grpc
 import structlog
 import torch
 
-from service_common.describe import host_id
+from service_common.cuda_ipc import host_id
 from service_common.device_memory import SharedMemory
 from tinkerbell.errors import TinkerbellError
 from trainer_service.publish.replica import Replica, is_down
