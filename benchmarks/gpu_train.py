@@ -1,6 +1,7 @@
 """The trainer's engine on a GPU, in the shape of Llama-3.1-8B: against PEFT, the bare base model, and itself."""
 
 import contextlib
+import functools
 import gc
 import os
 import statistics
@@ -43,10 +44,7 @@ def vs_peft(quick: bool) -> Row:
         times = Times(harness.seconds(ours, on.repeats, on.finish), [])
         bound = on.bound(engine, count * length, times, ours)
     del engine, ours
-    train.loaded_engine.cache_clear()
-    gc.collect()
-    if on.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _forget(train.loaded_engine)
     theirs, step_name = train.peft_step(on, data, params)
     on.check_same(first, theirs())
     times.baseline.extend(harness.seconds(theirs, on.repeats, on.finish))
@@ -114,7 +112,7 @@ def small_step(quick: bool) -> Row:
 
 def lora_overhead(quick: bool) -> Row:
     """Forward and backward with an adapter, against the frozen base model alone in the same engine."""
-    _forget_peft()
+    _forget(train.peft_model)
     on, length = setting(quick), _length(quick, 2048)
     engine = train.loaded_engine(on.folder, on.device)
     data = train.random_data(engine, [length] * 2)
@@ -140,7 +138,7 @@ def cobatch8_vs_serial(quick: bool) -> Row:
 
 def tenants(quick: bool) -> Row:
     """The same sequences, of one tenant and of many. 64 adapters of rank 8 fit a GPU; of rank 32 they would not."""
-    _forget_peft()
+    _forget(train.peft_model)
     on, length, rank = setting(quick), _length(quick, 64), 8
     counts = (1, 2) if quick else (1, 8, 32, 64)
     engine = train.loaded_engine(on.folder, on.device)
@@ -185,9 +183,9 @@ def _embeddings(engine: Engine) -> torch.nn.Module:
     return engine._model._model.embedding
 
 
-def _forget_peft() -> None:
-    """Makes room for what comes."""
-    train.peft_model.cache_clear()
+def _forget(made: functools._lru_cache_wrapper) -> None:
+    """Makes room for what comes: nobody else may have what this function has made."""
+    made.cache_clear()
     gc.collect()
     torch.cuda.empty_cache()
 

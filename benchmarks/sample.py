@@ -58,9 +58,8 @@ class World:
         kv_cache_bytes: int = 1 << 30,
         gpu_memory_utilization: float | None = None,
         trainer_options: Sequence[str] = (),
-        **settings: Any,
     ):
-        """On a GPU both share it, and the weights stay in it. `settings`: more of SamplerConfig."""
+        """On a GPU both share it, and the weights stay in it."""
         environment.prepare()
         from sampler_service.engine import Engine  # noqa: PLC0415  (vLLM reads its environment when it is imported)
         from sampler_service.sampler import Sampler  # noqa: PLC0415
@@ -86,7 +85,6 @@ class World:
             gpu_memory_utilization=gpu_memory_utilization,
             cuda_ipc=True,
             await_trainer=False,
-            **settings,
         )
         tokenizer = Tokenizer(folder)
         self._trainer = subprocess.Popen(trainer)
