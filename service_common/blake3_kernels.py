@@ -2,7 +2,7 @@
 
 O'Connor, Aumasson, Neves, Wilcox-O'Hearn, "BLAKE3: one function, fast everywhere", 2020
 (https://github.com/BLAKE3-team/BLAKE3-specs). A payload is cut into chunks of 1 KiB, which are hashed independently of
-each other: here one lane each. Their chaining values are the leaves of a tree, whose levels follow one after the other.
+each other: here one lane each. Their chaining values are the leaves of a tree, of which a program merges eight levels.
 """
 
 import torch
@@ -14,20 +14,8 @@ _BLOCK_BYTES = 64
 _LANES = 128
 
 # Fractional parts of the square roots of the first eight primes.
-_IV = tuple(
-    tl.constexpr(word)
-    for word in (
-        0x6A09E667,
-        0xBB67AE85,
-        0x3C6EF372,
-        0xA54FF53A,
-        0x510E527F,
-        0x9B05688C,
-        0x1F83D9AB,
-        0x5BE0CD19,
-    )
-)
-_IV0, _IV1, _IV2, _IV3, _IV4, _IV5, _IV6, _IV7 = _IV
+_IV0, _IV1, _IV2, _IV3 = map(tl.constexpr, (0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A))
+_IV4, _IV5, _IV6, _IV7 = map(tl.constexpr, (0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19))
 _CHUNK_START = tl.constexpr(1)
 _CHUNK_END = tl.constexpr(2)
 _PARENT = tl.constexpr(4)
@@ -36,16 +24,17 @@ _ROOT = tl.constexpr(8)
 
 @triton.jit
 def _mix(a, b, c, d, x, y):
-    a = a + b + x
+    """The paper's G. Sums are modulo 2^32: Triton must not look for overflows, as it does when it debugs."""
+    a = tl.add(tl.add(a, b, False), x, False)
     d = d ^ a
     d = (d >> 16) | (d << 16)
-    c = c + d
+    c = tl.add(c, d, False)
     b = b ^ c
     b = (b >> 12) | (b << 20)
-    a = a + b + y
+    a = tl.add(tl.add(a, b, False), y, False)
     d = d ^ a
     d = (d >> 8) | (d << 24)
-    c = c + d
+    c = tl.add(c, d, False)
     b = b ^ c
     b = (b >> 7) | (b << 25)
     return a, b, c, d
@@ -62,7 +51,7 @@ def _compress(
     zero = h0 ^ h0
     v8, v9, v10, v11 = zero + _IV0, zero + _IV1, zero + _IV2, zero + _IV3
     v12, v13, v14, v15 = zero + counter, zero, zero + length, zero + flags
-    for _ in range(7):  # unrolled it takes half a minute to compile
+    for _ in tl.static_range(7):
         v0, v4, v8, v12 = _mix(v0, v4, v8, v12, m0, m1)
         v1, v5, v9, v13 = _mix(v1, v5, v9, v13, m2, m3)
         v2, v6, v10, v14 = _mix(v2, v6, v10, v14, m4, m5)
@@ -78,63 +67,80 @@ def _compress(
 
 
 @triton.jit
-def _hash_chunks(words, values, num_blocks, num_chunks, last_length, LANES: tl.constexpr):
-    chunk = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    blocks = tl.minimum(num_blocks - chunk * 16, 16)  # of each chunk; not above 0 for lanes that have none
-    zero = tl.zeros([LANES], tl.uint32)
+def _load_four(words):
+    """The four words from each lane's place on: lanes are far from each other, so each had better load 16 bytes."""
+    four = tl.load(words[:, None] + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["num_whole", "num_blocks", "num_chunks", "last_length"])
+def _hash_chunks(words, rest, values, num_whole, num_blocks, num_chunks, last_length, LANES: tl.constexpr):
+    """values[:, c] = chaining value of chunk c, or the hash if there is one chunk.
+
+    The first `num_whole` chunks are in `words`; the other one, if any, in `rest`, with zeros up to its full size.
+    """
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    chunk = tl.minimum(lane, num_chunks - 1)  # lanes too many repeat the last one
+    blocks = tl.minimum(num_blocks - chunk * 16, 16)
+    start = tl.where(chunk < num_whole, words + chunk.to(tl.int64) * 256, rest)
+    root = tl.where(num_chunks == 1, _ROOT, 0)
+    zero = tl.zeros((LANES,), tl.uint32)
     h0, h1, h2, h3 = zero + _IV0, zero + _IV1, zero + _IV2, zero + _IV3
     h4, h5, h6, h7 = zero + _IV4, zero + _IV5, zero + _IV6, zero + _IV7
-    for block in range(16):
-        here = block < blocks
-        start = words + chunk.to(tl.int64) * 256 + block * 16
-        last = block == blocks - 1
-        flags = tl.where(last, _CHUNK_END, 0) + tl.where(block == 0, _CHUNK_START, 0)
-        flags += tl.where(last & (num_chunks == 1), _ROOT, 0)
+    for block in range(tl.minimum(num_blocks, 16)):
+        m0, m1, m2, m3 = _load_four(start + block * 16)
+        m4, m5, m6, m7 = _load_four(start + block * 16 + 4)
+        m8, m9, m10, m11 = _load_four(start + block * 16 + 8)
+        m12, m13, m14, m15 = _load_four(start + block * 16 + 12)
+        flags = tl.where(block == blocks - 1, _CHUNK_END + root, 0) + tl.where(block == 0, _CHUNK_START, 0)
         length = tl.where(chunk * 16 + block == num_blocks - 1, last_length, 64)
         n0, n1, n2, n3, n4, n5, n6, n7 = _compress(
             h0, h1, h2, h3, h4, h5, h6, h7,
-            tl.load(start, here, 0), tl.load(start + 1, here, 0), tl.load(start + 2, here, 0),
-            tl.load(start + 3, here, 0), tl.load(start + 4, here, 0), tl.load(start + 5, here, 0),
-            tl.load(start + 6, here, 0), tl.load(start + 7, here, 0), tl.load(start + 8, here, 0),
-            tl.load(start + 9, here, 0), tl.load(start + 10, here, 0), tl.load(start + 11, here, 0),
-            tl.load(start + 12, here, 0), tl.load(start + 13, here, 0), tl.load(start + 14, here, 0),
-            tl.load(start + 15, here, 0),
+            m0, m1, m2, m3, m4, m5, m6, m7, m8, m9, m10, m11, m12, m13, m14, m15,
             chunk.to(tl.uint32), length.to(tl.uint32), flags.to(tl.uint32),
         )  # fmt: skip
-        h0, h1, h2, h3 = tl.where(here, n0, h0), tl.where(here, n1, h1), tl.where(here, n2, h2), tl.where(here, n3, h3)
-        h4, h5, h6, h7 = tl.where(here, n4, h4), tl.where(here, n5, h5), tl.where(here, n6, h6), tl.where(here, n7, h7)
-    _store(values + chunk, num_chunks, chunk < num_chunks, h0, h1, h2, h3, h4, h5, h6, h7)
+        h0, h1, h2, h3, h4, h5, h6, h7 = _choose(
+            block < blocks, n0, n1, n2, n3, n4, n5, n6, n7, h0, h1, h2, h3, h4, h5, h6, h7
+        )
+    _store(values + lane, num_chunks, lane < num_chunks, h0, h1, h2, h3, h4, h5, h6, h7)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_values", "stride"])
+def _merge(values, num_chunks, num_values, stride, LANES: tl.constexpr):
+    """Merges each 2 * LANES of the chaining values values[:, i * stride], i < num_values, into the first of them."""
+    first = tl.program_id(0) * 2 * LANES
+    count = tl.minimum(num_values - first, 2 * LANES)
+    lane = tl.arange(0, LANES)
+    zero = tl.zeros((LANES,), tl.uint32)
+    while count > 1:
+        left = values + (first + 2 * lane) * stride
+        exists, paired = 2 * lane < count, 2 * lane + 1 < count
+        l0, l1, l2, l3, l4, l5, l6, l7 = _load(left, num_chunks, exists)
+        r0, r1, r2, r3, r4, r5, r6, r7 = _load(left + stride, num_chunks, paired)
+        flags = tl.where((tl.num_programs(0) == 1) & (count == 2), _PARENT + _ROOT, _PARENT)
+        n0, n1, n2, n3, n4, n5, n6, n7 = _compress(
+            zero + _IV0, zero + _IV1, zero + _IV2, zero + _IV3, zero + _IV4, zero + _IV5, zero + _IV6, zero + _IV7,
+            l0, l1, l2, l3, l4, l5, l6, l7, r0, r1, r2, r3, r4, r5, r6, r7,
+            zero, zero + 64, zero + flags.to(tl.uint32),
+        )  # fmt: skip
+        # An odd last one goes up as it is, which makes every left subtree as large as BLAKE3 wants it.
+        n0, n1, n2, n3, n4, n5, n6, n7 = _choose(paired, n0, n1, n2, n3, n4, n5, n6, n7, l0, l1, l2, l3, l4, l5, l6, l7)
+        tl.debug_barrier()  # what is overwritten now, all threads have read
+        _store(values + (first + lane) * stride, num_chunks, exists, n0, n1, n2, n3, n4, n5, n6, n7)
+        tl.debug_barrier()  # and what is read next, all have written
+        count = (count + 1) // 2
 
 
 @triton.jit
-def _merge(values, parents, num_values, num_parents, LANES: tl.constexpr):
-    parent = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    exists = parent < num_parents
-    left = values + parent * 2
-    paired = exists & (parent * 2 + 1 < num_values)
-    l0, l1, l2, l3, l4, l5, l6, l7 = _load(left, num_values, exists)
-    r0, r1, r2, r3, r4, r5, r6, r7 = _load(left + 1, num_values, paired)
-    zero = l0 ^ l0
-    flags = tl.where(num_parents == 1, _PARENT + _ROOT, _PARENT)
-    n0, n1, n2, n3, n4, n5, n6, n7 = _compress(
-        zero + _IV0, zero + _IV1, zero + _IV2, zero + _IV3, zero + _IV4, zero + _IV5, zero + _IV6, zero + _IV7,
-        l0, l1, l2, l3, l4, l5, l6, l7, r0, r1, r2, r3, r4, r5, r6, r7,
-        zero, zero + 64, zero + flags.to(tl.uint32),
+def _choose(condition, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return (
+        tl.where(condition, a0, b0), tl.where(condition, a1, b1), tl.where(condition, a2, b2),
+        tl.where(condition, a3, b3), tl.where(condition, a4, b4), tl.where(condition, a5, b5),
+        tl.where(condition, a6, b6), tl.where(condition, a7, b7),
     )  # fmt: skip
-    # An odd last one goes up as it is, which makes every left subtree as large as BLAKE3 wants it.
-    n0, n1, n2, n3 = (
-        tl.where(paired, n0, l0),
-        tl.where(paired, n1, l1),
-        tl.where(paired, n2, l2),
-        tl.where(paired, n3, l3),
-    )
-    n4, n5, n6, n7 = (
-        tl.where(paired, n4, l4),
-        tl.where(paired, n5, l5),
-        tl.where(paired, n6, l6),
-        tl.where(paired, n7, l7),
-    )
-    _store(parents + parent, num_parents, exists, n0, n1, n2, n3, n4, n5, n6, n7)
 
 
 @triton.jit
@@ -162,20 +168,28 @@ def _store(values, stride, mask, h0, h1, h2, h3, h4, h5, h6, h7):
 def payload_hash(payload: torch.Tensor) -> bytes:
     """The 32-byte BLAKE3 of a tensor's memory, computed where it is; as `blake3.blake3(...).digest()`.
 
-    `payload`: flat and contiguous, of any dtype, not empty. Waits for the work on its device's current stream.
+    `payload`: flat and contiguous, of any dtype, at least one byte; ValueError otherwise. On the CPU it needs Triton's
+    interpreter. Waits for the work on its device's current stream.
     """
+    if payload.dim() != 1 or not payload.is_contiguous() or not payload.numel():
+        raise ValueError(f"payload must be flat, contiguous and not empty, has shape {tuple(payload.shape)}")
     content = payload.view(torch.uint8)
+    if content.data_ptr() % 4:
+        content = content.clone()  # the kernel reads words
     size = len(content)
     num_chunks, num_blocks = triton.cdiv(size, _CHUNK_BYTES), triton.cdiv(size, _BLOCK_BYTES)
-    if size % _BLOCK_BYTES:
-        content = torch.nn.functional.pad(content, (0, num_blocks * _BLOCK_BYTES - size))
-    words = content.view(torch.uint32)
-    values = torch.empty(8, num_chunks, dtype=torch.uint32, device=content.device)
+    num_whole, rest_size = divmod(size, _CHUNK_BYTES)
+    words = rest = content[: size - rest_size].view(torch.uint32)
+    if rest_size:
+        rest = torch.nn.functional.pad(content[size - rest_size :], (0, _CHUNK_BYTES - rest_size)).view(torch.uint32)
     last_length = size - (num_blocks - 1) * _BLOCK_BYTES
-    grid = (triton.cdiv(num_chunks, _LANES),)
-    _hash_chunks[grid](words, values, num_blocks, num_chunks, last_length, _LANES)
-    while (count := values.shape[1]) > 1:
-        parents = torch.empty(8, triton.cdiv(count, 2), dtype=torch.uint32, device=content.device)
-        _merge[(triton.cdiv(parents.shape[1], _LANES),)](values, parents, count, parents.shape[1], _LANES)
-        values = parents
-    return values.cpu().numpy().tobytes()
+    values = torch.empty(8, num_chunks, dtype=torch.uint32, device=content.device)
+    with torch.cuda.device_of(content):  # where Triton launches
+        grid = (triton.cdiv(num_chunks, _LANES),)
+        _hash_chunks[grid](words, rest, values, num_whole, num_blocks, num_chunks, last_length, LANES=_LANES)
+        num_values, stride = num_chunks, 1
+        while num_values > 1:
+            num_groups = triton.cdiv(num_values, 2 * _LANES)
+            _merge[(num_groups,)](values, num_chunks, num_values, stride, LANES=_LANES)
+            num_values, stride = num_groups, stride * 2 * _LANES
+    return values[:, 0].cpu().numpy().tobytes()
