@@ -176,13 +176,16 @@ class Push:
 
     def _start(self) -> asyncio.Task[None]:
         if self._installing is None:
+            self._installing = asyncio.create_task(self._prove_and_install())
+        return self._installing
+
+    async def _prove_and_install(self) -> None:
+        if self._receiver:
             try:
-                if self._receiver:
-                    self._receiver.finish()
+                await asyncio.to_thread(self._receiver.finish)
             except payload.PayloadError as cause:
                 raise self._damaged(cause) from cause
-            self._installing = asyncio.create_task(self._install(self._version, self._memory_id))
-        return self._installing
+        await self._install(self._version, self._memory_id)
 
     async def _publish_after(self, installing: asyncio.Task[None]) -> None:
         await installing

@@ -123,7 +123,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
                 receiver.add(frame.chunk)
             else:
                 raise errors.aborted("IMPORT_NOT_COMMITTED", "the stream ended without COMMIT; nothing was imported")
-            receiver.finish()
+            await asyncio.to_thread(receiver.finish)
         except payload.PayloadError as damage:
             raise errors.data_loss("PAYLOAD_DAMAGED", f"{damage}; nothing was imported") from damage
 

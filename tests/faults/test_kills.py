@@ -18,10 +18,10 @@ pytestmark = pytest.mark.engine
 
 TOLERANCE = 0.01
 TOKENS = [104, 236, 282, 464, 314, 253, 112, 281, 260, 224]
-CHUNKS = 19  # of SmolLM2's adapter of rank 16 in float32
+CHUNKS = 38  # of SmolLM2's adapter of rank 16 in float32
 
 # Failpoints, each with the count at which it kills in the push that is meant to fail. The sampler has had two pushes
-# before; where the trainer brought it up to date, the first of them did not ask it to prepare.
+# before, and only in the second of them, which had a probe, was asked to prepare.
 IN_THE_THIRD_PUSH = {
     "push.begun": 3,
     "push.chunk": 2 * CHUNKS + CHUNKS // 2,
@@ -96,7 +96,7 @@ async def test_a_sampler_that_is_killed_in_a_push_comes_back_whole(smollm2) -> N
                 assert not alike(old, new)
                 engine = psutil.Process(process.process.pid).children(recursive=True)
                 with pytest.raises(TinkerbellError) as failure:
-                    await run.sync_adapter_to_vllm()
+                    await run.sync_adapter_to_vllm(verify=point == "push.prepared")
                 lost_at_begin = point == "push.begun"
                 assert failure.value.reason == ("SAMPLER_UNREACHABLE" if lost_at_begin else "PUSH_FAILED"), point
                 assert await asyncio.to_thread(process.process.wait, 60) == -9, point

@@ -58,28 +58,33 @@ def base(smollm2):
 
 
 @pytest.fixture(scope="session")
-async def stub(sampler_process):
+async def channel(sampler_process):
     async with grpc.aio.insecure_channel(sampler_process.address) as channel:
-        yield sampler_pb2_grpc.SamplerServiceStub(channel)
-
-
-async def push(stub, adapter: Adapter, adapter_id: str, version: int) -> sampler_pb2.PushCommitted:
-    begin = sampler_pb2.PushBegin(adapter_id=adapter_id, version=version, manifest=adapter.manifest)
-    return await client_push.push(stub, begin, adapter.payload)
+        yield channel
 
 
 @pytest.fixture(scope="session")
-async def v1(stub, checkpoint) -> Adapter:
+async def stub(channel):
+    return sampler_pb2_grpc.SamplerServiceStub(channel)
+
+
+async def push(channel, adapter: Adapter, adapter_id: str, version: int) -> sampler_pb2.PushCommitted:
+    begin = sampler_pb2.PushBegin(adapter_id=adapter_id, version=version, manifest=adapter.manifest)
+    return await client_push.push(channel, begin, adapter.payload)
+
+
+@pytest.fixture(scope="session")
+async def v1(channel, checkpoint) -> Adapter:
     """Live as version 1 of "anna", and version 2 is `v2`."""
     adapter = random_adapter(checkpoint, seed=1)
-    await push(stub, adapter, "anna", 1)
+    await push(channel, adapter, "anna", 1)
     return adapter
 
 
 @pytest.fixture(scope="session")
-async def v2(stub, checkpoint, v1) -> Adapter:
+async def v2(channel, checkpoint, v1) -> Adapter:
     adapter = random_adapter(checkpoint, seed=2, rank=16, alpha=32.0)
-    await push(stub, adapter, "anna", 2)
+    await push(channel, adapter, "anna", 2)
     return adapter
 
 
@@ -255,9 +260,9 @@ async def test_everyone_in_a_mixed_batch_gets_what_they_get_alone(stub, tokenize
     assert len({tuple(completions[0][1]) for completions in alone}) == 3
 
 
-async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, tokenizer, checkpoint):
+async def test_a_request_stays_on_its_version_while_newer_ones_come(channel, stub, tokenizer, checkpoint):
     old = random_adapter(checkpoint, seed=11)
-    await push(stub, old, "bert", 1)
+    await push(channel, old, "bert", 1)
     # As many tokens as take longer than the pushes, none of which ends the text.
     sampling = {"temperature": 0, "max_tokens": 40 if device.name == "cpu" else 1500, "logit_bias": {0: -100, 2: -100}}
     ((_, expected, *_),) = await generate(stub, "bert", **sampling)
@@ -267,14 +272,14 @@ async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, tokeni
     call = aiter(stub.Generate(request))
     responses = [await anext(call)]
     for number in (2, 3, 4):
-        await push(stub, random_adapter(checkpoint, seed=10 + number), "bert", number)
+        await push(channel, random_adapter(checkpoint, seed=10 + number), "bert", number)
     assert (await live(stub))["bert"] == [1, 3, 4]
     async for response in call:
         responses.append(response)
     assert {response.served_by.version for response in responses} == {1}
     assert (await live(stub))["bert"] == [3, 4]
     tokens = [token for response in responses for token in response.tokens]
-    await push(stub, old, "bert-alone", 1)
+    await push(channel, old, "bert-alone", 1)
     await assert_greedy_alike(stub, tokenizer.encode(STORY), tokens, expected, "bert-alone")
     await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert-alone"))
     unloaded = await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="bert"))
@@ -283,7 +288,7 @@ async def test_a_request_stays_on_its_version_while_newer_ones_come(stub, tokeni
     assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
 
-async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(stub, tokenizer, checkpoint):
+async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(channel, stub, tokenizer, checkpoint):
     """Each stream's tokens are those of the same request alone on its version."""
     prompts = [STORY, "The three laws of thermodynamics say that", "To bake bread you need", "In the year 1905,"]
     sampling = sampler_pb2.SamplingParams(temperature=0, max_tokens=16)
@@ -298,7 +303,7 @@ async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(
 
     streams = []
     for number, adapter in enumerate(adapters, start=1):
-        await push(stub, adapter, "fred", number)
+        await push(channel, adapter, "fred", number)
         if number not in (5, 10):  # versions that nobody asks for come too
             streams += [asyncio.create_task(stream(prompt)) for prompt in prompts]
             await asyncio.sleep(0.2)
@@ -308,7 +313,7 @@ async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(
     assert (await live(stub))["fred"] == [9, 10]
     await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="fred"))
     for number in sorted({version for version, _, _ in results}):
-        await push(stub, adapters[number - 1], "fred-alone", number)
+        await push(channel, adapters[number - 1], "fred-alone", number)
         for version, prompt, tokens in results:
             if version == number:
                 ((_, alone, *_),) = await generate(stub, "fred-alone", text=prompt, temperature=0, max_tokens=16)
@@ -316,10 +321,10 @@ async def test_ten_versions_come_while_32_streams_run_and_each_stays_on_its_own(
     await stub.UnloadAdapter(sampler_pb2.UnloadAdapterRequest(adapter_id="fred-alone"))
 
 
-async def test_a_prepared_version_scores_probes_before_it_is_live(stub, tokenizer, checkpoint):
+async def test_a_prepared_version_scores_probes_before_it_is_live(channel, stub, tokenizer, checkpoint):
     tokens, adapter = tokenizer.encode(STORY), random_adapter(checkpoint, seed=41)
     for commits in (False, True):
-        stream = client_push.PushStream(stub)
+        stream = client_push.PushStream(channel)
         begin = sampler_pb2.PushBegin(adapter_id="gina", version=1, manifest=adapter.manifest)
         assert await stream.begin(begin) is None
         await stream.send(adapter.payload)
@@ -351,14 +356,14 @@ async def test_a_version_can_be_read_back_as_it_was_pushed(stub, v2):
     assert (code, info.reason) == (grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
 
-async def test_a_leased_version_is_served_however_many_newer_ones_come(stub, tokenizer, checkpoint):
+async def test_a_leased_version_is_served_however_many_newer_ones_come(channel, stub, tokenizer, checkpoint):
     tokens = tokenizer.encode(STORY)
     adapters = [random_adapter(checkpoint, seed=60 + number, rank=2) for number in range(4)]
-    await push(stub, adapters[0], "hugo", 1)
+    await push(channel, adapters[0], "hugo", 1)
     _, before = await scores(stub, tokens, "hugo")
     lease = await stub.LeaseVersion(sampler_pb2.LeaseVersionRequest(adapter_id="hugo", ttl_seconds=60))
     for number in (2, 3, 4):
-        await push(stub, adapters[number - 1], "hugo", number)
+        await push(channel, adapters[number - 1], "hugo", number)
     assert (await live(stub))["hugo"] == [1, 3, 4]
     _, after = await scores(stub, tokens, "hugo", 1)
     np.testing.assert_allclose(after, before, atol=ROUNDING)
@@ -767,14 +772,14 @@ list(stub.PushAdapter(frames()))
 
 @pytest.mark.parametrize("interrupted", [cancelled, half_closed, past_its_deadline, flipped_byte, killed])
 async def test_a_push_cut_off_installs_nothing_and_the_next_one_succeeds(
-    stub, sampler_process, checkpoint, v2, interrupted
+    channel, stub, sampler_process, checkpoint, v2, interrupted
 ):
     adapter = random_adapter(checkpoint, seed=21)
     await interrupted(stub, sampler_process.address, adapter)
     assert "carl" not in await live(stub)
     for _ in range(50):  # the sampler learns of a cut connection a moment later
         try:
-            committed = await push(stub, adapter, "carl", 1)
+            committed = await push(channel, adapter, "carl", 1)
             break
         except errors.TinkerbellError as busy:
             assert busy.reason == "PUSH_IN_PROGRESS"
@@ -805,7 +810,9 @@ async def test_a_second_push_of_an_adapter_is_turned_away(stub, checkpoint):
     first.cancel()
 
 
-async def test_more_adapters_than_slots_all_keep_their_numbers(stub, sampler_metrics_address, tokenizer, checkpoint):
+async def test_more_adapters_than_slots_all_keep_their_numbers(
+    channel, stub, sampler_metrics_address, tokenizer, checkpoint
+):
     """Beyond max_loras, 4 here, vLLM evicts adapters and loads them again, from the workers' stores."""
     prompt, reloads = tokenizer.encode(STORY), "tinkerbell_sampler_adapter_reloads_total"
     reloaded = metric(sampler_metrics_address, reloads)
@@ -817,7 +824,7 @@ async def test_more_adapters_than_slots_all_keep_their_numbers(stub, sampler_met
 
     before = {}
     for index, name in enumerate(names):
-        await push(stub, random_adapter(checkpoint, seed=30 + index, rank=2), name, 1)
+        await push(channel, random_adapter(checkpoint, seed=30 + index, rank=2), name, 1)
         before[name] = await score(name)
     after = await asyncio.gather(*map(score, names))
     for name, again in zip(names, after, strict=True):
@@ -828,7 +835,9 @@ async def test_more_adapters_than_slots_all_keep_their_numbers(stub, sampler_met
     assert metric(sampler_metrics_address, reloads) - reloaded >= 60
 
 
-async def test_the_prefix_cache_serves_one_version_and_never_another(stub, sampler_metrics_address, checkpoint):
+async def test_the_prefix_cache_serves_one_version_and_never_another(
+    channel, stub, sampler_metrics_address, checkpoint
+):
     """A prompt is computed anew for each version, and not again for the same one."""
     text = " ".join(f"The {number}th house is painted in a colour of its own." for number in range(12))
     adapter = random_adapter(checkpoint, seed=71, rank=2)
@@ -838,10 +847,10 @@ async def test_the_prefix_cache_serves_one_version_and_never_another(stub, sampl
         await generate(stub, "ida", version, text=text, temperature=0, max_tokens=1)
         return metric(sampler_metrics_address, "vllm:prefix_cache_hits_total") - before
 
-    await push(stub, adapter, "ida", 1)
+    await push(channel, adapter, "ida", 1)
     assert await hits(1) == 0
     assert await hits(1) > 0
-    await push(stub, random_adapter(checkpoint, seed=72, rank=2), "ida", 2)
+    await push(channel, random_adapter(checkpoint, seed=72, rank=2), "ida", 2)
     assert await hits(2) == 0
     assert await hits(1) > 0  # the new version has flushed nothing
     assert await hits(2) > 0

@@ -50,7 +50,7 @@ async def test_adapters_of_any_shape_take_turns_in_a_slot(tiny_model) -> None:
             stub = sampler_pb2_grpc.SamplerServiceStub(channel)
             for name, adapter in adapters.items():
                 begin = sampler_pb2.PushBegin(adapter_id=name, version=1, manifest=adapter.manifest)
-                await push.push(stub, begin, adapter.payload)
+                await push.push(channel, begin, adapter.payload)
             for name in ("part", "whole", "patterned", "part", "patterned", "whole", "part"):
                 request = sampler_pb2.ComputeLogprobsRequest(
                     adapter_id=name, sequences=[common_pb2.TokenSequence(tokens=TOKENS)]

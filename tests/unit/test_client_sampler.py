@@ -4,7 +4,8 @@ from client_fakes import FINGERPRINT, LORA, WEIGHTS, Fakes
 
 import tinkerbell
 from tinkerbell import SamplerClient, SamplingParams, adapter, push
-from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
+from tinkerbell.payload import CHUNK_BYTES
+from tinkerbell.v1 import sampler_pb2
 
 
 @pytest.fixture
@@ -138,10 +139,10 @@ def test_push_installs_what_was_given_and_is_a_success_twice(fakes, sampler):
     assert manifest.lora.target_modules == ["up_proj"]
     assert manifest.base_model_fingerprint == FINGERPRINT
     assert payload == b"".join(array.tobytes() for array in WEIGHTS.values())
-    assert fakes.sampler.chunks == -(-len(payload) // (1 << 20))
+    assert fakes.sampler.chunks == -(-len(payload) // CHUNK_BYTES)
     again = sampler.push_adapter("alice", 1, WEIGHTS, rank=8, alpha=16)
     assert again.already_live
-    assert fakes.sampler.chunks == -(-len(payload) // (1 << 20))
+    assert fakes.sampler.chunks == -(-len(payload) // CHUNK_BYTES)
     assert [(sampled.adapter_id, sampled.latest_version) for sampled in sampler.list_adapters()] == [("alice", 1)]
     assert sampler.unload_adapter("alice") == [1]
 
@@ -169,13 +170,13 @@ async def test_push_with_a_damaged_payload_leaves_nothing(fakes):
     manifest, payload = adapter.pack(WEIGHTS, LORA, FINGERPRINT)
     begin = sampler_pb2.PushBegin(adapter_id="alice", version=1, manifest=manifest)
     async with tinkerbell.AsyncSamplerClient(fakes.sampler_address) as client:
-        stub = sampler_pb2_grpc.SamplerServiceStub(client._connection.channel)
+        channel = client._connection.channel
         for _ in range(30):  # the sampler ends the call while a chunk is being written, which grpc.aio takes badly
             with pytest.raises(tinkerbell.DataLossError) as caught:
-                await push.push(stub, begin, payload * 4)
+                await push.push(channel, begin, payload * 4)
             assert caught.value.reason == "PAYLOAD_DAMAGED"
         assert not fakes.sampler.pushed
-        committed = await push.push(stub, begin, memoryview(payload), timeout=10)
+        committed = await push.push(channel, begin, memoryview(payload), timeout=10)
     assert committed.version.version == 1
     assert fakes.sampler.pushed["alice", 1][1] == payload
 

@@ -82,7 +82,7 @@ def test_chunks_of_a_long_payload_arrive_whole() -> None:
     buffer = bytearray(len(content))
     receiver = payload.Receiver(manifest, buffer)
     chunks = list(payload.chunks(content))
-    assert [len(chunk.data) for chunk in chunks] == [1 << 20] * 3 + [12]
+    assert [len(chunk.data) for chunk in chunks] == [payload.CHUNK_BYTES] * 3 + [12]
     for chunk in chunks:
         receiver.add(chunk)
     receiver.finish()

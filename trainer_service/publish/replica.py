@@ -67,7 +67,7 @@ class Replica:
 
     def push(self) -> PushStream:
         """A new push, for a transaction; close it in the end."""
-        return PushStream(self._stub, _PUSH_SECONDS)
+        return PushStream(self._channel, _PUSH_SECONDS)
 
     async def open_device_memory(self, handle: bytes, size_bytes: int) -> tuple[grpc.aio.Call, str]:
         """Lets it open GPU memory: a call, as long as which the memory stays open, and the memory's id there."""
@@ -90,7 +90,7 @@ class Replica:
 
     async def push_whole(self, begin: sampler_pb2.PushBegin, content: memoryview) -> None:
         """Makes a version live on this sampler alone; nothing is sent when it is."""
-        await push(self._stub, begin, content, _PUSH_SECONDS)
+        await push(self._channel, begin, content, _PUSH_SECONDS)
 
     async def read(self, adapter_id: str, version: int) -> Snapshot:
         """A version as it was pushed. PayloadError when it arrives damaged."""
@@ -104,7 +104,7 @@ class Replica:
                 receiver.add(frame.chunk)
         except grpc.aio.AioRpcError as failure:
             raise from_rpc_error(failure) from failure
-        receiver.finish()
+        await asyncio.to_thread(receiver.finish)
         return Snapshot(manifest, memoryview(buffer))
 
     async def score(self, adapter_id: str, version: int, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

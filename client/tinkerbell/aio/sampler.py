@@ -129,7 +129,7 @@ class AsyncSamplerClient:
         lora = LoraConfig.of_weights(weights, rank, alpha)
         manifest, payload = adapter.pack(weights, lora, base_model_fingerprint)
         begin = sampler_pb2.PushBegin(adapter_id=adapter_id, version=version, manifest=manifest)
-        return _decode.push_result(await push(self._stub, begin, payload, timeout=self._timeout))
+        return _decode.push_result(await push(self._connection.channel, begin, payload, timeout=self._timeout))
 
     # The parts below start nothing: the blocking client shares them and runs them on its own loop.
 
