@@ -61,9 +61,8 @@ class Layout:
 
     def not_finite(self, payload: torch.Tensor, dtype: torch.dtype) -> str:
         """The first tensor that, scaled and rounded to `dtype`, has an infinity or a NaN; "" if none has."""
-        least, most = torch.aminmax(payload)  # a NaN anywhere makes both NaN
-        bound = max(-least.item(), most.item()) * self._largest_scale
-        if bound <= torch.finfo(dtype).max:
+        least, most = torch.stack(torch.aminmax(payload)).tolist()  # a NaN anywhere makes both NaN
+        if max(-least, most) * self._largest_scale <= torch.finfo(dtype).max:
             return ""
         for factor in self.factors:
             values = payload[factor.offset : factor.offset + math.prod(factor.shape)].float() * factor.scale
@@ -112,6 +111,7 @@ class SlotManager(LRUCacheLoRAModelManager):
         super().__init__(*args, **kwargs)
         self._shapes: list[dict[str, tuple[int, int]] | None] = [None] * self.lora_slots  # of what each slot has
         self._copying = functools.lru_cache(maxsize=64)(self._plan)  # by layout and slot
+        self._places = functools.cache(self._places_of)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         if isinstance(lora, StoredAdapter):
@@ -141,11 +141,15 @@ class SlotManager(LRUCacheLoRAModelManager):
     def _fill(self, slot: int, adapter: StoredAdapter) -> None:
         if self._shapes[slot] != adapter.layout.shapes:  # something would stay around or beside the new one
             self._shapes[slot] = None
-            stacks = (stack for layer in self.modules.values() for stack in layer.lora_a_stacked + layer.lora_b_stacked)
-            torch._foreach_zero_([stack[slot] for stack in stacks])
+            torch._foreach_zero_(self._places(slot))
         payload = adapter.payload.to(self.device) if adapter.on_device is None else adapter.on_device
         self._copying(adapter.layout, slot).fill(payload)
         self._shapes[slot] = adapter.layout.shapes
+
+    def _places_of(self, slot: int) -> list[torch.Tensor]:
+        """All that a slot is made of; hundreds of views, which take a millisecond to make."""
+        layers = self.modules.values()
+        return [stack[slot] for layer in layers for stack in layer.lora_a_stacked + layer.lora_b_stacked]
 
     def _plan(self, layout: Layout, slot: int) -> "Copies | CopyKernel":
         copies = list(self._copies(layout, slot))

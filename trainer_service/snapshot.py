@@ -28,7 +28,7 @@ class Snapshot:
 def take(manifest: common_pb2.AdapterManifest, content: torch.Tensor) -> Snapshot:
     """Of a flat tensor that nobody changes any more, and whose manifest lacks nothing but the digest.
 
-    A GPU hashes it while it is copied to the host. When this returns all work is done that was queued before it.
+    When this returns all work is done that was queued before it.
     """
     if not content.is_cuda:
         host = memoryview(content.view(torch.uint8).numpy())
@@ -38,6 +38,7 @@ def take(manifest: common_pb2.AdapterManifest, content: torch.Tensor) -> Snapsho
     from service_common.device_memory import copy_to_host  # noqa: PLC0415  (CUDA's library)
 
     pinned = torch.empty(content.shape, dtype=content.dtype, pin_memory=True)  # PyTorch keeps such memory for the next
-    arrived = copy_to_host(content, pinned)
+    # First the hash: its 32 bytes would wait in one queue with the payload's, for ten times as long as hashing takes.
     manifest.digest = payload.digest_of(manifest, payload_hash(content))
+    arrived = copy_to_host(content, pinned)
     return Snapshot(manifest, memoryview(pinned.view(torch.uint8).numpy()), arrived)

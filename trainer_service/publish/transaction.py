@@ -86,6 +86,8 @@ class _Push:
 class Transaction:
     """Publishes one snapshot: BEGIN everywhere, then the payload and PREPARE everywhere, then COMMIT everywhere.
 
+    A sampler that is alone is not asked to PREPARE, as its COMMIT does that first.
+
     A sampler that cannot be reached at BEGIN is left out. Any other failure before the first COMMIT ends all pushes,
     and no sampler has changed. When all that take part are ready the version is decided: a sampler that is lost after
     that counts as down, and gets the version when it is back.
@@ -121,7 +123,8 @@ class Transaction:
             number = await self._begin_everywhere(number)
             taking_part = [push for push in self._pushes if push.failure is None]
             await failpoints.reached("sync.begun")
-            await asyncio.gather(reserve(number), *(push.attempt(self._make_ready) for push in taking_part))
+            make_ready = functools.partial(self._make_ready, prepares=len(taking_part) > 1 or self._probe is not None)
+            await asyncio.gather(reserve(number), *(push.attempt(make_ready) for push in taking_part))
             self._raise_unless_ready(number, taking_part)
             await failpoints.reached("sync.prepared")
             await asyncio.gather(*(push.attempt(self._commit) for push in taking_part))
@@ -202,7 +205,7 @@ class Transaction:
                 samplers=",".join(push.replica.address for push in apart),
             )
 
-    async def _make_ready(self, push: _Push) -> None:
+    async def _make_ready(self, push: _Push, prepares: bool) -> None:
         sequences = self._probe.sequences if self._probe else ()
         if push.live:
             if self._probe:
@@ -210,7 +213,8 @@ class Transaction:
             return
         if not push.memory_id:
             await push.stream.send(self._snapshot.payload)
-        push.logprobs = await push.stream.prepare(sequences)
+        if prepares:
+            push.logprobs = await push.stream.prepare(sequences)
 
     async def _commit(self, push: _Push) -> None:
         if not push.live:
