@@ -12,8 +12,8 @@ from service_common.cuda_ipc import HANDLE_BYTES, host_id
 
 log = structlog.get_logger(__name__)
 
-# Open memory by its handle, and close it, under an id, on every rank.
-Open = Callable[[str, bytes], Awaitable[None]]
+# Open memory of a size by its handle, and close it, under an id, on every rank.
+Open = Callable[[str, bytes, int], Awaitable[None]]
 Close = Callable[[str], Awaitable[None]]
 
 
@@ -25,7 +25,7 @@ class DeviceMemory:
     """
 
     def __init__(self, enabled: bool, open_: Open, close: Close):
-        """`open_` raises FAILED_PRECONDITION when a rank cannot reach the memory, and leaves it open nowhere."""
+        """`open_` raises FAILED_PRECONDITION when a rank cannot reach so much memory, and leaves it open nowhere."""
         self.host = host_id() if enabled else ""
         self._open = open_
         self._close = close
@@ -48,7 +48,7 @@ class DeviceMemory:
                 "CUDA_IPC_UNREACHABLE", f"the memory is on host {host!r}, and this sampler on {self.host!r}", host=host
             )
         memory_id = uuid.uuid4().hex
-        await self._open(memory_id, handle)
+        await self._open(memory_id, handle, size_bytes)
         self._sizes[memory_id] = size_bytes
         log.info("device_memory_opened", memory_id=memory_id, size_bytes=size_bytes)
         try:

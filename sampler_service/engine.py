@@ -263,9 +263,9 @@ class Engine:
             await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
             raise
 
-    async def open_device_memory(self, memory_id: str, handle: bytes) -> None:
+    async def open_device_memory(self, memory_id: str, handle: bytes, size_bytes: int) -> None:
         """Opens another process's GPU memory on every rank, or on none: FAILED_PRECONDITION if one cannot reach it."""
-        obstacles = await self._on_all_ranks("tinkerbell_open_memory", memory_id, handle)
+        obstacles = await self._on_all_ranks("tinkerbell_open_memory", memory_id, handle, size_bytes)
         if obstacle := next(filter(None, obstacles), ""):
             await self.close_device_memory(memory_id)
             raise errors.failed_precondition(

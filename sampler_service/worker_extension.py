@@ -161,11 +161,11 @@ class LoraWorkerExtension:
         """Waits until the file of an adapter has all of its payload."""
         self.model_runner.lora_manager.store[uri].settle()
 
-    def tinkerbell_open_memory(self, memory_id: str, handle: bytes) -> str:
-        """Opens another process's GPU memory; or answers with what CUDA says against it."""
+    def tinkerbell_open_memory(self, memory_id: str, handle: bytes, size_bytes: int) -> str:
+        """Opens another process's GPU memory; or answers with what is against it."""
         manager: StoreLoRAManager = self.model_runner.lora_manager
         try:
-            manager.device_memory[memory_id] = device_memory.OpenedMemory(handle, manager.device)
+            manager.device_memory[memory_id] = device_memory.OpenedMemory(handle, size_bytes, manager.device)
         except device_memory.DeviceMemoryError as cause:
             return str(cause)
         return ""

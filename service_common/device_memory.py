@@ -8,13 +8,14 @@ import ctypes
 from typing import Any
 
 import torch
+from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
 from service_common.cuda_ipc import HANDLE_BYTES
 
 
 class DeviceMemoryError(Exception):
-    """What CUDA says about memory that it cannot allocate, open or pin."""
+    """Why there is no such memory, or why it cannot be opened or pinned."""
 
 
 class SharedMemory:
@@ -40,15 +41,20 @@ class SharedMemory:
 class OpenedMemory:
     """Another process's SharedMemory."""
 
-    def __init__(self, handle: bytes, device: torch.device):
+    def __init__(self, handle: bytes, size_bytes: int, device: torch.device):
         """For copies to `device`, which may be another GPU that reaches that one. Takes some 0.2 s.
 
-        DeviceMemoryError when the handle is of another host, of memory that is gone, or of a GPU out of reach.
+        DeviceMemoryError when the handle is of another host, of memory that is gone or smaller than `size_bytes`, or of
+        a GPU out of reach.
         """
         opened = cudart.cudaIpcMemHandle_t()
         ctypes.memmove(opened.getPtr(), handle, HANDLE_BYTES)
         with torch.cuda.device(device):
             self._address = int(_checked(cudart.cudaIpcOpenMemHandle(opened, cudart.cudaIpcMemLazyEnablePeerAccess)))
+            _, _, size = driver.cuMemGetAddressRange(self._address)
+        if size < size_bytes:  # whoever reads behind the end of it is killed
+            self.close()
+            raise DeviceMemoryError(f"the memory has {size} bytes, and is said to have {size_bytes}")
 
     def copy_to(self, target: torch.Tensor, offset: int) -> None:
         """Fills a contiguous tensor with the bytes from `offset` on, in the order of its device's current stream."""

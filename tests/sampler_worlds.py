@@ -16,6 +16,7 @@ from sampler_service.sampler import Sampler
 from sampler_service.server import SamplerServicer
 from service_common import errors
 from service_common.checkpoint import Checkpoint
+from service_common.device_memory import DeviceMemoryError
 from service_common.errors import ServiceError
 from service_common.lora import tensor_shapes
 from service_common.rpc import Server
@@ -71,8 +72,11 @@ class SharedMemory:
     """Stands in for service_common.device_memory.SharedMemory, which needs a GPU, in one process with `FakeEngine`."""
 
     all: ClassVar[dict[bytes, torch.Tensor]] = {}
+    lacking: ClassVar[str] = ""
 
     def __init__(self, size_bytes, device):
+        if self.lacking:
+            raise DeviceMemoryError(self.lacking)
         self.size_bytes = size_bytes
         self.handle = len(self.all).to_bytes(64)
         self.tensor = self.all[self.handle] = torch.zeros(size_bytes, dtype=torch.uint8)
@@ -107,9 +111,10 @@ class FakeEngine:
     async def settle(self, version):
         pass
 
-    async def open_device_memory(self, memory_id, handle):
+    async def open_device_memory(self, memory_id, handle, size_bytes):
         if self.unreachable:
             raise errors.failed_precondition("CUDA_IPC_UNREACHABLE", self.unreachable)
+        assert len(SharedMemory.all[handle]) == size_bytes
         self.opened[memory_id] = handle
 
     async def close_device_memory(self, memory_id):

@@ -104,6 +104,20 @@ async def test_another_host_and_a_gpu_out_of_reach_take_chunks(checkpoint, monke
         assert set(world.live().values()) == {2.0, 3.0}
 
 
+async def test_a_trainer_whose_gpu_is_full_sends_chunks_until_there_is_memory(checkpoint, monkeypatch):
+    async with sampler(checkpoint) as world, publishing(world) as publisher:
+        monkeypatch.setattr(SharedMemory, "lacking", "cudaErrorMemoryAllocation: out of memory")
+        (outcome,) = (await publish(publisher, snapshot(checkpoint, 1))).replicas
+        assert (outcome.transport, SharedMemory.all) == (Transport.GRPC, {})
+        assert outcome.no_cuda_ipc == "the trainer's GPU has no room: cudaErrorMemoryAllocation: out of memory"
+        with pytest.raises(ServiceError, match="out of memory") as refusal:
+            await publish(publisher, snapshot(checkpoint, 2), Transport.CUDA_IPC)
+        assert refusal.value.reason == "CUDA_IPC_UNAVAILABLE"
+        monkeypatch.setattr(SharedMemory, "lacking", "")
+        assert (await publish(publisher, snapshot(checkpoint, 2))).transport is Transport.CUDA_IPC
+        assert world.live() == {1: 1.0, 2: 2.0}
+
+
 async def test_a_trainer_without_it_refuses_to_use_it(checkpoint):
     async with sampler(checkpoint) as world, publishing(world, on=False) as publisher:
         assert (await publish(publisher, snapshot(checkpoint, 1))).transport is Transport.GRPC
@@ -151,15 +165,15 @@ async def test_larger_payloads_take_the_place_of_smaller_ones(checkpoint):
 async def test_only_memory_that_is_open_and_large_enough_can_have_a_payload():
     opened = {}
 
-    async def open_(memory_id, handle):
-        opened[memory_id] = handle
+    async def open_(memory_id, handle, size_bytes):
+        opened[memory_id] = handle, size_bytes
 
     async def close(memory_id):
         del opened[memory_id]
 
     memory = DeviceMemory(True, open_, close)
     async with memory.opened(b"h" * 64, 100, host_id()) as memory_id:
-        assert opened == {memory_id: b"h" * 64}
+        assert opened == {memory_id: (b"h" * 64, 100)}
         memory.check(memory_id, 100)
         with pytest.raises(ServiceError, check=lambda error: error.reason == "PAYLOAD_TOO_LARGE"):
             memory.check(memory_id, 101)

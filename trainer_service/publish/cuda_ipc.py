@@ -9,7 +9,7 @@ import structlog
 import torch
 
 from service_common.cuda_ipc import host_id
-from service_common.device_memory import SharedMemory
+from service_common.device_memory import DeviceMemoryError, SharedMemory
 from tinkerbell.errors import TinkerbellError
 from trainer_service.publish.replica import Replica, is_down
 from trainer_service.ranks import OnRankZero
@@ -41,11 +41,19 @@ class CudaIpc:
 
     @contextlib.asynccontextmanager
     async def staged(self, size_bytes: int, replicas: Iterable[Replica]) -> AsyncIterator["Staged"]:
-        """Room for a payload that these samplers are to read, until the block ends; none if none of them can."""
+        """Room for a payload that these samplers are to read, until the block ends; none if none of them can.
+
+        Nor is there any if the GPU has no memory.
+        """
         if all(self.obstacle(replica) for replica in replicas):
-            yield Staged(self, None)
+            yield Staged(self, None, "the sampler has only just been found")
             return
-        area = await self._take(size_bytes)
+        try:
+            area = await self._take(size_bytes)
+        except DeviceMemoryError as failure:
+            log.warning("cuda_ipc_no_memory", size_bytes=size_bytes, error=str(failure))
+            yield Staged(self, None, f"the trainer's GPU has no room: {failure}")
+            return
         try:
             yield Staged(self, area)
         finally:
@@ -65,9 +73,16 @@ class CudaIpc:
                 small = self._free.pop()
                 self._areas.remove(small)
                 await asyncio.to_thread(small.free)
-            area = _Area(await asyncio.to_thread(SharedMemory, size_bytes, self._device))
+            area = _Area(await asyncio.to_thread(self._allocate, size_bytes))
             self._areas.append(area)
             return area
+
+    def _allocate(self, size_bytes: int) -> SharedMemory:
+        try:
+            return SharedMemory(size_bytes, self._device)
+        except DeviceMemoryError:
+            torch.cuda.empty_cache()  # PyTorch keeps what it does not use
+            return SharedMemory(size_bytes, self._device)
 
 
 class Staged:
@@ -76,17 +91,19 @@ class Staged:
     fill: what copies the payload there, on the first rank: any tensor of at most the size that was asked for.
     """
 
-    def __init__(self, ipc: CudaIpc, area: "_Area | None"):
+    def __init__(self, ipc: CudaIpc, area: "_Area | None", no_area: str = ""):
+        """`no_area`: why a sampler that could read the memory cannot this time."""
         self._ipc = ipc
         self._area = area
+        self._no_area = no_area
         self.fill = OnRankZero(area.fill) if area else None
 
     async def opened_by(self, replica: Replica) -> tuple[str, str]:
         """The sampler's id for the memory and ""; or "" and why it has none. TinkerbellError when it is down."""
         if obstacle := self._ipc.obstacle(replica):
             return "", obstacle
-        if self._area is None:  # it was not known yet when the weights were copied
-            return "", "the sampler has only just been found"
+        if self._area is None:
+            return "", self._no_area
         try:
             return await self._area.opened_by(replica), ""
         except TinkerbellError as failure:
