@@ -16,6 +16,7 @@ from tinkerbell.v1 import common_pb2
 from trainer_service.adamw import AdamParams
 from trainer_service.batch import Datum
 from trainer_service.engine import Engine, Limits
+from trainer_service.megatron import layer_spec
 from trainer_service.passes import PartResult
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -117,6 +118,24 @@ def test_graphs_of_several_shapes_share_their_memory_and_do_not_disturb_each_oth
             engine.optim_step("ada", AdamParams(learning_rate=0.0))
             engine._model._graphs = graphs
             assert_close(graphed, plain, 1e-2)
+
+
+def test_sequences_of_one_length_are_a_batch_and_see_what_they_see_one_by_one(monkeypatch) -> None:
+    engine = loaded("tiny-llama")
+    assert engine._model is not None
+    rng = np.random.default_rng(0)
+    batch = [random_datum(rng, 1024, 400) for _ in range(2)]
+
+    def passed() -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        logprobs = np.concatenate(forward_backward(engine, "ada", batch).logprobs)
+        gradients = {"ada": arena_of(engine, "ada").gradients.cpu().clone()}
+        engine.optim_step("ada", AdamParams(learning_rate=0.0))
+        return logprobs, gradients
+
+    batched = passed()
+    monkeypatch.setattr(layer_spec, "_LEAST_BATCH_LENGTH", 1025)
+    assert_close(batched, passed(), 1e-2)
+    assert len(engine._model._graphs._recordings) == 2
 
 
 def test_a_tenant_that_is_not_finite_leaves_the_others_gradients_alone() -> None:

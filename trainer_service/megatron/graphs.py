@@ -16,6 +16,7 @@ from trainer_service.lora.grouped import TILE_ROWS, Grouped, Ranks, Tables
 from trainer_service.lora.products import no_adapters
 from trainer_service.lora.routing import Routing
 from trainer_service.megatron.inputs import Inputs, PackedSequence, packed, prepare, segments
+from trainer_service.megatron.layer_spec import batch_length
 from trainer_service.megatron.rotary import PackedRotary
 
 # Of an 8B model the CPU needs 260 ms to launch a pass, and an H200 253 ms for 4096 tokens. Larger passes keep the GPU
@@ -32,6 +33,7 @@ class _Shape:
 
     num_tokens: int
     num_sequences: int  # at most, and so are the adapters
+    length: int  # of every sequence, if attention takes them as a batch; otherwise 0
     ranks: Ranks | None  # None for passes of the bare base model
 
 
@@ -72,11 +74,13 @@ class Graphs:
         self, sequences: Sequence[PackedSequence], objective: Callable[[torch.Tensor], torch.Tensor | None]
     ) -> None:
         """One pass; `objective` as BaseModel.run has it, for all of the sequences."""
-        num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        num_tokens = sum(lengths)
         arenas = [sequence.arena for sequence in sequences if sequence.arena is not None]
         shape = _Shape(
             num_tokens=-(-num_tokens // _TOKEN_STEP) * _TOKEN_STEP,
             num_sequences=max(_LEAST_SEQUENCES, 1 << len(sequences).bit_length()),
+            length=0 if num_tokens % _TOKEN_STEP else batch_length(lengths),
             ranks=Ranks.of(arenas) if arenas else None,
         )
         if shape not in self._recordings:
@@ -131,10 +135,12 @@ class Graphs:
         return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
 
     def _inputs(self, shape: _Shape) -> Inputs:
-        """Memory for the inputs of any pass of this shape. Any of its sequences may be the longest one possible."""
+        """Memory for inputs of any pass of this shape, whose sequences may have any lengths unless they are a batch."""
+        longest = shape.length or shape.num_tokens
         made = prepare([PackedSequence.padding(shape.num_tokens)], self._rotary, self._grouped.device)
         bounds = torch.full(
             (shape.num_sequences + 1,), shape.num_tokens, dtype=torch.int32, device=self._grouped.device
         )
         bounds[0] = 0
-        return Inputs(made.tokens, made.targets, made.turns, packed(bounds, [shape.num_tokens]))
+        lengths = [longest] * (shape.num_tokens // longest)
+        return Inputs(made.tokens, made.targets, made.turns, packed(bounds, lengths, shape.length))

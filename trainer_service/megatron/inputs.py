@@ -8,7 +8,7 @@ import torch
 
 from trainer_service.lora.arena import Arena
 from trainer_service.lora.products import Segment
-from trainer_service.megatron.layer_spec import Packed
+from trainer_service.megatron.layer_spec import Packed, batch_length
 from trainer_service.megatron.rotary import PackedRotary
 
 
@@ -48,12 +48,12 @@ def prepare(sequences: Sequence[PackedSequence], rotary: PackedRotary, device: t
         tokens=moved([sequence.tokens for sequence in sequences]),
         targets=moved([sequence.targets for sequence in sequences]),
         turns=rotary.turns(moved([np.arange(length) for length in lengths]), max(lengths)),
-        packed=packed(bounds, lengths),
+        packed=packed(bounds, lengths, batch_length(lengths)),
     )
 
 
-def packed(bounds: torch.Tensor, lengths: Sequence[int]) -> Packed:
-    """Sequences of these lengths, between `bounds`, int32 [sequences + 1]."""
+def packed(bounds: torch.Tensor, lengths: Sequence[int], length: int) -> Packed:
+    """Sequences of these lengths, between `bounds`, int32 [sequences + 1]; `length`: their batch_length."""
     return Packed(
         qkv_format="sbhd",  # to Megatron one long sequence; our attention and PackedRotary know better
         cu_seqlens_q=bounds,
@@ -61,6 +61,7 @@ def packed(bounds: torch.Tensor, lengths: Sequence[int]) -> Packed:
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         lengths=lengths,
+        batch_length=length,
     )
 
 

@@ -25,17 +25,30 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from trainer_service.megatron import kernels
 from trainer_service.megatron.families import Family
 
+# cuDNN's attention takes batches alone: PyTorch's way to give it packed sequences computes wrong gradients. On an H100,
+# forward and backward, 2 x 2048 tokens of Llama-3.1-8B take it 0.89 ms; flash attention takes 1.3 ms for the batch and
+# 1.5 packed. 8 x 256 tokens take all of them the same.
+_LEAST_BATCH_LENGTH = 1024
+_BATCH_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
+def batch_length(lengths: Sequence[int]) -> int:
+    """The length that all sequences have, if attention had better take them as a batch; otherwise 0."""
+    return lengths[0] if len(set(lengths)) == 1 and lengths[0] >= _LEAST_BATCH_LENGTH else 0
+
 
 @dataclass
 class Packed(PackedSeqParams):
-    """Sequences back to back, and their lengths on the host as well."""
+    """Sequences back to back, and their lengths on the host as well; batch_length as the function has it."""
 
     lengths: Sequence[int] = ()
+    batch_length: int = 0
 
 
 class PackedAttention(MegatronModule):
@@ -74,13 +87,9 @@ class PackedAttention(MegatronModule):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed) -> torch.Tensor:
         """`query` [T, Q, D], `key`, `value` [T, K, D]; returns [T, 1, Q * D]. Each sequence sees itself only."""
         if self.is_plain and query.is_cuda:
-            bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-            before = -1 if self.window is None else self.window - 1
-            output = varlen_attn(
-                query, key, value, bounds, bounds, longest, longest, scale=self.softmax_scale, window_size=(before, 0)
-            )
-            assert isinstance(output, torch.Tensor)  # a tuple only when asked for more
-            return output.flatten(1)[:, None]
+            if self.window is None and packed.batch_length:
+                return self._attend_batch(query, key, value, packed.batch_length)
+            return self._attend_packed(query, key, value, packed)
         # Sequences of one length that follow each other are one batch: [N, L, heads, D].
         batches = [(len(list(run)), length) for length, run in itertools.groupby(packed.lengths)]
         groups = query.size(1) // key.size(1)
@@ -96,6 +105,23 @@ class PackedAttention(MegatronModule):
     def is_plain(self) -> bool:
         """Whether softmax attention with a window is all there is to it."""
         return self.softcap is None and self.softmax_offset is None
+
+    def _attend_packed(self, query, key, value, packed):
+        bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        before = -1 if self.window is None else self.window - 1
+        output = varlen_attn(
+            query, key, value, bounds, bounds, longest, longest, scale=self.softmax_scale, window_size=(before, 0)
+        )
+        assert isinstance(output, torch.Tensor)  # a tuple only when asked for more
+        return output.flatten(1)[:, None]
+
+    def _attend_batch(self, query, key, value, length):
+        query, key, value = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+        with sdpa_kernel(_BATCH_BACKENDS, set_priority=True):
+            output = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            )
+        return output.transpose(1, 2).flatten(0, 1).flatten(1)[:, None]
 
     def _attend(self, query, key, value):
         """All [N, L, heads, D]."""
