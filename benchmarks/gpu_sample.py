@@ -219,7 +219,7 @@ def loop_memory_vs_disk(quick: bool) -> Row:
     """An iteration of reinforcement learning: samples, a training step on as much, its weights to the sampler."""
     world = _world(_folder(quick))
     disk = Disk(world)
-    sequences, length, streams, new_tokens = (2, 32, 2, 4) if quick else (4, 2048, 8, 16)
+    sequences, length, streams, new_tokens = (2, 32, 2, 4) if quick else (2, 2048, 8, 4)
     parts: dict[str, list[float]] = {"train": [], "sync": [], "generate": []}
 
     async def timed(part: str, work) -> None:
