@@ -46,6 +46,9 @@ GPU_TESTS := tests/integration/test_trainer_gpu.py tests/integration/test_mixed.
 bench-gpu: ## The same on one NVIDIA GPU, at the size of Llama-3.1-8B; PYTHON=... where there is no .venv
 	$(PYTHON) -W ignore -m benchmarks.gpu
 
+bench-scale: ## How training, sampling and pushes scale on all GPUs of this host; PYTHON=... where there is no .venv
+	$(PYTHON) -W ignore -m benchmarks.scale
+
 test-gpu: ## Tests of engines and services on a GPU; GPU_TESTS=... for some, PYTHON=... where there is no .venv
 	$(PYTHON) -m pytest --device cuda $(GPU_TESTS)
 
@@ -75,4 +78,4 @@ clean: ## Remove outputs and caches, but neither .venv nor the models
 	rm -rf out build client/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-.PHONY: help setup demo test test-fast test-faults test-gpu bench bench-gpu lint protos lock clean
+.PHONY: help setup demo test test-fast test-faults test-gpu bench bench-gpu bench-scale lint protos lock clean

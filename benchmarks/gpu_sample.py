@@ -77,8 +77,10 @@ def _adapters(quick: bool) -> list[Path]:
     parent = Path(tempfile.mkdtemp(prefix="tinkerbell-bench-"))
     atexit.register(shutil.rmtree, parent)
     folders = [parent / f"lora-{index}" for index in range(4)]
+    adapter = PeftAdapter(_folder(quick), DEVICE, RANK)  # takes ten seconds to make
     for folder in folders:
-        PeftAdapter(_folder(quick), DEVICE, RANK).save(folder)
+        adapter.draw()
+        adapter.save(folder)
     return folders
 
 
@@ -253,7 +255,7 @@ def repeated_pushes(quick: bool) -> Row:
     """What two services have in memory and open before and after 200 pushes."""
     world = _world(_folder(quick))
     count = 5 if quick else 200
-    world.do(functools.partial(_pushes, world, count // 5))  # until pools and caches have their size
+    world.do(functools.partial(_pushes, world, count))  # until pools and caches have their size
     before = _usage()
     world.do(functools.partial(_pushes, world, count))
     after = _usage()

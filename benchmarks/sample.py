@@ -177,9 +177,17 @@ class PeftAdapter:
             )
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGET_MODULES))
         self._model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-        for name, module in self._model.named_modules():
-            if name.endswith((".lora_A.default", ".lora_B.default")):
-                torch.nn.init.normal_(module.to_empty(device=device).weight, std=0.02)
+        self._factors = [
+            module.to_empty(device=device)
+            for name, module in self._model.named_modules()
+            if name.endswith((".lora_A.default", ".lora_B.default"))
+        ]
+        self.draw()
+
+    def draw(self) -> None:
+        """Other random weights."""
+        for factor in self._factors:
+            torch.nn.init.normal_(factor.weight, std=0.02)
 
     def save(self, folder: Path) -> None:
         """As `save_pretrained` does it."""

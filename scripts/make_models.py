@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
 
 # Given to a configuration where it has an attribute of that name, and has it switched on.
-TINY_SHAPE = dict(
+TINY_SHAPE: dict[str, Any] = dict(
     vocab_size=500,  # not a multiple of anything that padding likes
     hidden_size=64,
     intermediate_size=160,
