@@ -11,7 +11,7 @@ REPEATS = 5
 BASELINE = "train.8b_tp1_pp1_dp1"
 _LAYOUTS = {
     "8b": [(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2), (4, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2), (1, 1, 8)],
-    "70b": [(4, 2, 1), (8, 1, 1)],
+    "70b": [(4, 1, 1), (4, 2, 1), (8, 1, 1)],
 }
 _TOKENS_PER_GPU = {"8b": 4096, "70b": 1024}
 _TENANTS = 64
@@ -58,12 +58,12 @@ def measurements(num_gpus: int, quick: bool) -> list[Measurement]:
         model, tokens, length = ("tiny", 256, 32) if quick else (shape, _TOKENS_PER_GPU[shape], 2048)
         return Measurement(f"train.{name}", model, *layout, tokens, length, tenants)
 
-    layouts = [(shape, layout) for shape, layouts in _LAYOUTS.items() for layout in layouts]
+    def alone(shape: str) -> list[Measurement]:
+        return [measurement("{}_tp{}_pp{}_dp{}".format(shape, *each), shape, each) for each in _LAYOUTS[shape]]
+
     copies = 1 << (num_gpus.bit_length() - 1)
-    return [
-        *(measurement("{}_tp{}_pp{}_dp{}".format(shape, *layout), shape, layout) for shape, layout in layouts),
-        measurement(f"{_TENANTS}_tenants", "8b", (1, 1, copies), _TENANTS),
-    ]
+    together = measurement(f"{_TENANTS}_tenants", "8b", (1, 1, copies), _TENANTS)
+    return [*alone("8b"), together, *alone("70b")]  # what might not fit last: it ends its ranks
 
 
 def waves(wanted: Sequence[Measurement], num_gpus: int) -> list[list[list[Measurement]]]:

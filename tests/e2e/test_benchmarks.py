@@ -9,6 +9,7 @@ from processes import ROOT
 from benchmarks import harness
 from benchmarks.gpu import PLANS, short
 from benchmarks.harness import Report
+from benchmarks.scale_plan import measurements
 
 pytestmark = [pytest.mark.engine, pytest.mark.cpu_only]
 
@@ -27,6 +28,19 @@ def test_every_row_is_measured_and_written() -> None:
     assert file.with_suffix(".png").is_file()
     (parity,) = (row for row in report.rows if row.name == "parity.llama_8b")
     assert parity.ours < 1e-4  # float32
+
+
+def test_scaling_of_training_is_measured_and_what_does_not_fit_is_named() -> None:
+    """Two processors stand in for two GPUs. The other rows start ten engines at once, which takes them minutes."""
+    rows = [each.name for each in measurements(2, quick=True)]
+    command = [sys.executable, "-m", "benchmarks.scale", "--quick", f"--rows={','.join(rows)}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    report = Report.read(ROOT / f"out/benchmarks/scale-{short(harness.processor())}-x2.json")
+    possible = ["train.8b_tp1_pp1_dp1", "train.8b_tp2_pp1_dp1", "train.8b_tp1_pp1_dp2", "train.64_tenants"]
+    assert sorted(row.name for row in report.rows) == sorted(possible)
+    skipped = [line.split()[1].rstrip(",") for line in run.stdout.splitlines() if line.startswith("skipped ")]
+    assert sorted([*skipped, *possible]) == sorted(rows)
 
 
 def test_a_gpu_gives_its_results_their_name() -> None:
