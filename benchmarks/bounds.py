@@ -57,7 +57,7 @@ def training(base: Checkpoint, adapter_parameters: int, tokens: int, seconds: fl
     )
     if busy < 0.8 * seconds:
         return f"{note}: launches bound it"
-    return f"{note}: {'products bound' if products > 0.6 * busy else 'kernels other than products hold back'} it"
+    return f"{note}: {'products' if products > 0.6 * busy else 'kernels other than products'} bound it"
 
 
 def gpu_seconds(work: Callable[[], object]) -> tuple[float, float]:
