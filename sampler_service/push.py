@@ -14,6 +14,7 @@ from service_common import errors, failpoints
 from service_common.checkpoint import Checkpoint
 from service_common.lora import check_adapter_id, check_manifest, normalized
 from tinkerbell import payload
+from tinkerbell.push_frames import Chunk
 from tinkerbell.v1 import common_pb2
 
 log = structlog.get_logger(__name__)
@@ -134,7 +135,7 @@ class Push:
         self._installing: asyncio.Task[None] | None = None
         self._committing: asyncio.Task[None] | None = None
 
-    def add(self, chunk: common_pb2.PayloadChunk) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Takes the next piece. DATA_LOSS when it is out of order or too much, INVALID_ARGUMENT when none is due."""
         if self._receiver is None:
             raise errors.invalid_argument(

@@ -22,8 +22,11 @@ from sampler_service.sampler import Generation, Result, Sampler
 from sampler_service.versions import Version
 from service_common import errors, failpoints
 from service_common.lora import TARGET_MODULES
-from tinkerbell import payload, tensors
+from tinkerbell import payload, push_frames, tensors
+from tinkerbell.push_frames import Chunk
 from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
+
+SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name
 
 _FINISH_REASONS = {
     None: sampler_pb2.FINISH_REASON_UNSPECIFIED,
@@ -49,11 +52,11 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         return self._loaded
 
     async def PushAdapter(
-        self, request_iterator: AsyncIterator[sampler_pb2.PushAdapterRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[sampler_pb2.PushAdapterRequest | Chunk], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[sampler_pb2.PushAdapterResponse]:
         sampler = self._sampler
         first = await anext(aiter(request_iterator), sampler_pb2.PushAdapterRequest())
-        if not first.HasField("begin"):
+        if isinstance(first, Chunk) or not first.HasField("begin"):
             raise _unexpected_frame("a push starts with BEGIN", first)
         begin = first.begin
         if begin.device_memory_id:
@@ -66,10 +69,11 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         try:
             yield sampler_pb2.PushAdapterResponse(accepted=sampler_pb2.PushAccepted())
             async for request in request_iterator:
+                if isinstance(request, Chunk):
+                    push.add(request)
+                    await failpoints.reached("push.chunk")
+                    continue
                 match request.WhichOneof("frame"):
-                    case "chunk":
-                        push.add(request.chunk)
-                        await failpoints.reached("push.chunk")
                     case "prepare":
                         yield await self._prepared(push, request.prepare)
                     case "commit":
@@ -244,6 +248,15 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         )
 
 
+def add_to_server(servicer: SamplerServicer, server: grpc.aio.Server) -> None:
+    """Registers the service; PushAdapter with a parser of its own, which takes the generated one's place."""
+    sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, server)
+    push = grpc.stream_stream_rpc_method_handler(
+        servicer.PushAdapter, push_frames.parsed, sampler_pb2.PushAdapterResponse.SerializeToString
+    )
+    server.add_registered_method_handlers(SERVICE_NAME, {"PushAdapter": push})
+
+
 def _positions(positions: Iterable[Position]) -> list[sampler_pb2.PositionLogprobs]:
     return [
         sampler_pb2.PositionLogprobs(
@@ -287,8 +300,8 @@ def _sampling(params: sampler_pb2.SamplingParams) -> Sampling:
     )
 
 
-def _unexpected_frame(rule: str, request: sampler_pb2.PushAdapterRequest) -> errors.ServiceError:
-    frame = request.WhichOneof("frame") or "none"
+def _unexpected_frame(rule: str, request: sampler_pb2.PushAdapterRequest | Chunk) -> errors.ServiceError:
+    frame = "chunk" if isinstance(request, Chunk) else request.WhichOneof("frame") or "none"
     return errors.invalid_argument(
         "FRAME_UNEXPECTED", f"{rule}, and this frame is {frame.upper()}", field="frame", frame=frame
     )

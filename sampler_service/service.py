@@ -1,6 +1,7 @@
 """The sampler's life: listen, load, serve, drain, end."""
 
 import asyncio
+import functools
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,19 +11,16 @@ import structlog
 
 from sampler_service.config import SamplerConfig
 from sampler_service.sampler import Sampler
-from sampler_service.server import SamplerServicer
+from sampler_service.server import SERVICE_NAME, SamplerServicer, add_to_server
 from sampler_service.tokenizer import Tokenizer
 from service_common import checkpoint, rpc
 from service_common.errors import ServiceError
-from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
 
 if TYPE_CHECKING:
     from sampler_service.engine import Engine
     from sampler_service.openai_http import HttpServer
 
 log = structlog.get_logger(__name__)
-
-SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name
 
 
 async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: str | None, drain_seconds: float) -> int:
@@ -33,9 +31,7 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: s
     Returns the exit status: 0 after a signal, 1 when the model cannot be loaded or vLLM has died.
     """
     servicer = SamplerServicer()
-    server = rpc.Server(
-        listen, SERVICE_NAME, lambda inner: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, inner)
-    )
+    server = rpc.Server(listen, SERVICE_NAME, functools.partial(add_to_server, servicer))
     listener = _bound(http) if http else None
     if metrics:
         host, _, port = metrics.rpartition(":")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from sampler_service.config import SamplerConfig
 from sampler_service.sampler import Sampler
-from sampler_service.server import SamplerServicer
+from sampler_service.server import SERVICE_NAME, SamplerServicer, add_to_server
 from service_common import errors
 from service_common.checkpoint import Checkpoint
 from service_common.device_memory import DeviceMemoryError
@@ -22,7 +23,7 @@ from service_common.lora import tensor_shapes
 from service_common.rpc import Server
 from tinkerbell import payload
 from tinkerbell.local import free_address
-from tinkerbell.v1 import common_pb2, sampler_pb2_grpc
+from tinkerbell.v1 import common_pb2
 from trainer_service.metrics import Metrics
 from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.publisher import Publisher
@@ -157,8 +158,8 @@ class SamplerWorld:
         servicer.attach(self.sampler)
         self._server = Server(
             self.address,
-            "tinkerbell.v1.SamplerService",
-            lambda server: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, server),
+            SERVICE_NAME,
+            functools.partial(add_to_server, servicer),
         )
         await self._server.start()
         return self

@@ -8,11 +8,15 @@ import functools
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from tinkerbell import tensors
 from tinkerbell.v1 import common_pb2
+
+if TYPE_CHECKING:
+    from tinkerbell.push_frames import Chunk
 
 # Below gRPC's default message limit of 4 MiB. Of larger pieces the C library gives the memory back to the system after
 # each message, and getting it anew takes several times as long as sending it.
@@ -136,7 +140,7 @@ class Receiver:
         self._buffer = memoryview(buffer)
         self.received = 0
 
-    def add(self, chunk: common_pb2.PayloadChunk) -> None:
+    def add(self, chunk: "common_pb2.PayloadChunk | Chunk") -> None:
         """PayloadError when the chunk is out of order or too much."""
         if chunk.offset != self.received:
             raise PayloadError(f"expected the chunk at offset {self.received}, got the one at {chunk.offset}")

@@ -1,7 +1,7 @@
 """The push protocol: one version of an adapter from this process's memory to a sampler's."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -10,10 +10,10 @@ import numpy as np
 from tinkerbell import tensors
 from tinkerbell._call_status import CallStatus
 from tinkerbell.errors import InternalError, from_rpc_error
-from tinkerbell.payload import CHUNK_BYTES
+from tinkerbell.push_frames import chunk_frames
 from tinkerbell.v1 import common_pb2, sampler_pb2
 
-_METHOD = "/tinkerbell.v1.SamplerService/PushAdapter"
+METHOD = "/tinkerbell.v1.SamplerService/PushAdapter"
 
 
 async def push(
@@ -47,11 +47,15 @@ class PushStream:
     and ends the push with that.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None):
+    METHOD = METHOD
+
+    def __init__(
+        self, channel: grpc.aio.Channel, timeout: float | None = None, metadata: Sequence[tuple[str, str]] | None = None
+    ):
         """`timeout`: seconds for the whole push. Close the stream in the end."""
         # Not a stub's method, so that `send` can serialize by itself.
-        method: Any = channel.stream_stream(_METHOD, _serialized, sampler_pb2.PushAdapterResponse.FromString)
-        self._call = method(timeout=timeout)
+        method: Any = channel.stream_stream(self.METHOD, _serialized, sampler_pb2.PushAdapterResponse.FromString)
+        self._call = method(timeout=timeout, metadata=metadata)
         self._status = CallStatus(self._call)
 
     async def begin(self, begin: sampler_pb2.PushBegin) -> sampler_pb2.PushCommitted | None:
@@ -64,7 +68,7 @@ class PushStream:
 
     async def send(self, payload: bytes | memoryview) -> None:
         """Sends the whole payload."""
-        for frame in _chunk_frames(payload):
+        for frame in chunk_frames(payload):
             if not await self._write(frame):
                 return  # the sampler has ended the call; the next step hears why
 
@@ -116,34 +120,3 @@ class PushStream:
 
 def _serialized(request: sampler_pb2.PushAdapterRequest | bytes) -> bytes:
     return request if isinstance(request, bytes) else request.SerializeToString()
-
-
-def _chunk_frames(payload: bytes | memoryview) -> Iterator[bytes]:
-    """A payload as serialized PushAdapterRequests with a chunk each.
-
-    Laid out by hand (https://protobuf.dev/programming-guides/encoding): each byte is copied once. Messages would copy
-    it three times, and sending the payload would take half as long again.
-    """
-    view = memoryview(payload)
-    for offset in range(0, len(view), CHUNK_BYTES):
-        data = view[offset : offset + CHUNK_BYTES]
-        head = common_pb2.PayloadChunk(offset=offset).SerializeToString() + _DATA + _varint(len(data))
-        yield b"".join((_CHUNK, _varint(len(head) + len(data)), head, data))
-
-
-def _tag(field_number: int) -> bytes:
-    """Before the length and the bytes of a field that has a length."""
-    return bytes([field_number << 3 | 2])
-
-
-def _varint(number: int) -> bytes:
-    """Seven bits to a byte, the lowest first; all but the last byte have the eighth bit."""
-    groups = []
-    while number > 0x7F:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*groups, number])
-
-
-_CHUNK = _tag(sampler_pb2.PushAdapterRequest.CHUNK_FIELD_NUMBER)
-_DATA = _tag(common_pb2.PayloadChunk.DATA_FIELD_NUMBER)
