@@ -85,7 +85,7 @@ def train_rows(wanted: Sequence[Measurement], results: dict[str, Measured]) -> I
         against = "" if result.num_parameters == one.num_parameters else ", as many parameters a second as the 8B model"
         note = f"{measurement.layout}; against {measurement.num_gpus} times one GPU{against}"
         if measurement.tenants > 1:
-            note += f", which trains one tenant; here {measurement.tenants} share each pass"
+            note += f", which trains one adapter; here {measurement.tenants} of rank {measurement.rank} share each pass"
         place = measurement.tensor, measurement.pipeline, measurement.data
         if measurement.tenants == 1 and place in _WANTED:
             note += f"; at least {_WANTED[place]} wanted"

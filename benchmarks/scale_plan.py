@@ -14,12 +14,13 @@ _LAYOUTS = {
     "70b": [(4, 1, 1), (4, 2, 1), (8, 1, 1)],
 }
 _TOKENS_PER_GPU = {"8b": 4096, "70b": 1024}
-_TENANTS = 64
+# So many adapters of rank 32, with gradients and moments, take 86 GB on every GPU.
+_TENANTS, _TENANTS_RANK = 64, 8
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model in a layout, and how many adapters share a pass."""
+    """A model in a layout, and how many adapters of which rank share a pass."""
 
     name: str
     shape: str  # of SHAPES
@@ -29,6 +30,7 @@ class Measurement:
     tokens_per_gpu: int  # of a pass, so that each GPU has as much of the activations in every layout
     length: int  # of a sequence, at most
     tenants: int = 1
+    rank: int = RANK
 
     @property
     def num_gpus(self) -> int:
@@ -54,15 +56,15 @@ class Measured:
 def measurements(num_gpus: int, quick: bool) -> list[Measurement]:
     """Of the trainer: those that so many GPUs can do and those that they cannot."""
 
-    def measurement(name: str, shape: str, layout: tuple[int, int, int], tenants: int = 1) -> Measurement:
+    def measurement(name: str, shape: str, layout: tuple[int, int, int], *adapters: int) -> Measurement:
         model, tokens, length = ("tiny", 256, 32) if quick else (shape, _TOKENS_PER_GPU[shape], 2048)
-        return Measurement(f"train.{name}", model, *layout, tokens, length, tenants)
+        return Measurement(f"train.{name}", model, *layout, tokens, length, *adapters)
 
     def alone(shape: str) -> list[Measurement]:
         return [measurement("{}_tp{}_pp{}_dp{}".format(shape, *each), shape, each) for each in _LAYOUTS[shape]]
 
     copies = 1 << (num_gpus.bit_length() - 1)
-    together = measurement(f"{_TENANTS}_tenants", "8b", (1, 1, copies), _TENANTS)
+    together = measurement(f"{_TENANTS}_tenants", "8b", (1, 1, copies), _TENANTS, _TENANTS_RANK)
     return [*alone("8b"), together, *alone("70b")]  # what might not fit last: it ends its ranks
 
 

@@ -19,7 +19,7 @@ import transformers
 from torch import distributed, nn
 
 from benchmarks import harness, train
-from benchmarks.scale_plan import RANK, REPEATS, Measured, Measurement
+from benchmarks.scale_plan import REPEATS, Measured, Measurement
 from scripts.make_models import LLAMA_8B
 from service_common import checkpoint
 from trainer_service.engine import Engine, Limits
@@ -92,7 +92,7 @@ def measured(wanted: Measurement, device: str) -> Measured:
     assert engine.checkpoint is not None
     each = total // wanted.tenants
     lengths = [min(wanted.length, each)] * (each // min(wanted.length, each))
-    with train.tenants(engine, wanted.tenants, RANK) as names:
+    with train.tenants(engine, wanted.tenants, wanted.rank) as names:
         parts = [train.part(name, train.random_data(engine, lengths)) for name in names]
 
         def step() -> None:
