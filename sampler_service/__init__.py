@@ -1,7 +1,7 @@
 """The sampler: one base model in vLLM, and every published version of every adapter.
 
     server.py ─────► sampler.py ──► versions.py            which versions are live, and who runs on them
-    proto in,        validation,    push.py, staging.py    a version on its way in
+    proto in,        validation,    push.py                a version on its way in
     proto out        the domain     engine.py              vLLM; its workers run worker_extension.py
                                                            and, on a CPU, cpu_lora.py
 

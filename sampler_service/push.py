@@ -8,11 +8,11 @@ from typing import Any
 
 import structlog
 
-from sampler_service.staging import StagingPool
 from sampler_service.versions import Registry, Version
 from service_common import errors, failpoints
 from service_common.checkpoint import Checkpoint
 from service_common.lora import check_adapter_id, check_manifest, normalized
+from service_common.staging import StagingPool
 from tinkerbell import payload
 from tinkerbell.push_frames import Chunk
 from tinkerbell.v1 import common_pb2

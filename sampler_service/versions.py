@@ -12,8 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from sampler_service.staging import StagingBuffer
 from service_common import errors
+from service_common.staging import StagingBuffer
 from tinkerbell.v1 import common_pb2
 
 URI_PREFIX = "/tinkerbell/"

@@ -27,6 +27,7 @@ from tinkerbell.v1 import common_pb2
 from trainer_service.metrics import Metrics
 from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.publisher import Publisher
+from trainer_service.publish.relays import Relays
 from trainer_service.snapshot import Snapshot
 
 HIDDEN = 8
@@ -59,7 +60,7 @@ def snapshot(checkpoint: Checkpoint, content: int) -> Snapshot:
     lora = common_pb2.LoraConfig(rank=2, alpha=4, target_modules=["q_proj"])
     shapes = tensor_shapes(checkpoint, lora)
     manifest = payload.build_manifest(lora, shapes, common_pb2.DATA_TYPE_FLOAT32, checkpoint.fingerprint)
-    data = np.full(manifest.size_bytes // 4, content, np.float32).tobytes()
+    data = bytearray(np.full(manifest.size_bytes // 4, content, np.float32))
     manifest.digest = payload.digest(manifest, data)
     return Snapshot(manifest, memoryview(data))
 
@@ -180,14 +181,16 @@ class SamplerWorld:
 
 
 @contextlib.asynccontextmanager
-async def publishing(worlds, used=0, reserved=None, adapter_ids="ab", cuda_ipc=None):
+async def publishing(worlds, used=0, reserved=None, adapter_ids="ab", cuda_ipc=None, relays=None):
     """A publisher to these samplers that looks after adapters a and b, or others with names of one letter."""
 
     async def reserve(adapter_id, version):
         if reserved is not None:
             reserved.append((adapter_id, version))
 
-    publisher = Publisher(Discovery([world.address for world in worlds]), reserve, Metrics(), cuda_ipc)
+    publisher = Publisher(
+        Discovery([world.address for world in worlds]), reserve, Metrics(), relays or Relays(0), cuda_ipc
+    )
     for adapter_id in adapter_ids:
         publisher.manage(adapter_id, used)
     publisher.start()

@@ -12,6 +12,7 @@ from trainer_service.publish import publisher as publisher_module
 from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.parity import Probe
 from trainer_service.publish.publisher import Publisher
+from trainer_service.publish.relays import Relays
 from trainer_service.publish.transaction import ReplicaState
 
 SEQUENCES = [[1, 2, 3], [4, 5]]
@@ -116,7 +117,7 @@ async def test_a_sampler_that_was_down_is_brought_up_to_date_before_it_is_told_s
 
 async def test_without_any_sampler_nothing_is_published(checkpoint):
     world = SamplerWorld(checkpoint)
-    publisher = Publisher(Discovery([world.address]), None, Metrics())
+    publisher = Publisher(Discovery([world.address]), None, Metrics(), Relays(0))
     publisher.manage("a")
     publisher.start()
     with refused("SAMPLER_UNREACHABLE"):
@@ -162,7 +163,7 @@ async def test_a_number_that_a_sampler_has_used_is_passed_over_everywhere(sample
     async with publishing(samplers[1:]) as publisher:
         for content in (1, 2):
             await publisher.publish("a", snapshot(checkpoint, content), 0)
-    publisher = Publisher(Discovery([world.address for world in samplers]), _no_reserve, Metrics())
+    publisher = Publisher(Discovery([world.address for world in samplers]), _no_reserve, Metrics(), Relays(0))
     publisher.manage("a")
     await publisher._look_up()  # and never looks at what they have
     assert (await publisher.publish("a", snapshot(checkpoint, 3), 0)).version == 3

@@ -24,6 +24,7 @@ from trainer_service.engine import adapter_not_found
 from trainer_service.metrics import Metrics
 from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.parity import Difference, Probe
+from trainer_service.publish.relays import Relays
 from trainer_service.publish.replica import Replica, Served
 from trainer_service.publish.transaction import ReplicaOutcome, ReplicaState, Transaction, Transport
 from trainer_service.snapshot import Snapshot
@@ -97,8 +98,16 @@ class _State:
 class Publisher:
     """Publishes to all samplers that a discovery finds."""
 
-    def __init__(self, discovery: Discovery, reserve: Reserve, metrics: Metrics, cuda_ipc: "CudaIpc | None" = None):
-        """`cuda_ipc`: None to send everything over gRPC."""
+    def __init__(
+        self,
+        discovery: Discovery,
+        reserve: Reserve,
+        metrics: Metrics,
+        relays: Relays,
+        cuda_ipc: "CudaIpc | None" = None,
+    ):
+        """`relays`: to several samplers over gRPC; this closes them. `cuda_ipc`: None to send everything over gRPC."""
+        self._relays = relays
         self._cuda_ipc = cuda_ipc
         self._discovery = discovery
         self._reserve = reserve
@@ -189,8 +198,11 @@ class Publisher:
         async with adapter.lock:
             current = adapter.current
             number = current.version if current and current.digest == digest else self._next(adapter)
-            transaction = Transaction(adapter_id, snapshot, self._in_order(), probe, staged, transport)
-            version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
+            replicas = self._in_order()
+            sharing = contextlib.nullcontext() if staged else self._relays.shared(snapshot, len(replicas))
+            async with sharing as shared:
+                transaction = Transaction(adapter_id, snapshot, replicas, probe, staged, transport, shared)
+                version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
             adapter.current = _Current(version, digest, snapshot, step)
         for outcome in outcomes:
             if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
@@ -239,6 +251,7 @@ class Publisher:
         await asyncio.gather(*tasks, return_exceptions=True)
         for replica in self._replicas.values():
             await replica.close()
+        await self._relays.close()
 
     def _adapter(self, adapter_id: str) -> _Adapter:
         try:

@@ -7,23 +7,15 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
-from service_common.rpc import MAX_MESSAGE_BYTES
 from tinkerbell import payload, tensors
 from tinkerbell.errors import DeadlineExceededError, InternalError, TinkerbellError, UnavailableError, from_rpc_error
 from tinkerbell.push import PushStream, push
 from tinkerbell.v1 import common_pb2, sampler_pb2, sampler_pb2_grpc
+from trainer_service.publish import channels
 from trainer_service.snapshot import Snapshot
 
 # A sampler that does not answer a question for this long is down. It answers them between two steps of its engine.
 _ANSWER_SECONDS = 10.0
-# A push that has not come to its end after this long has failed.
-_PUSH_SECONDS = 300.0
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-]
 
 
 @dataclass(frozen=True)
@@ -38,14 +30,14 @@ class Replica:
     """Calls to one sampler. They raise TinkerbellError; `is_down` tells whether that means it is not there."""
 
     def __init__(self, address: str):
-        """`address`: HOST:PORT. Connects when first used and again whenever the sampler comes back."""
+        """`address`: HOST:PORT."""
         self.address = address
         self.dtype = common_pb2.DATA_TYPE_UNSPECIFIED  # of its weights, once it has answered
         self.current_instance = ""  # the process that was found to have every current version
         self.cuda_ipc_host = ""  # the host of a sampler that takes payloads by CUDA IPC
         self.cuda_ipc_obstacle = ""  # why that has failed with the process that answers there now
         self._instance = ""
-        self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
+        self._channel = channels.to_sampler(address)
         self._stub = sampler_pb2_grpc.SamplerServiceStub(self._channel)
 
     async def instance(self) -> str:
@@ -67,7 +59,7 @@ class Replica:
 
     def push(self) -> PushStream:
         """A new push, for a transaction; close it in the end."""
-        return PushStream(self._channel, _PUSH_SECONDS)
+        return PushStream(self._channel, channels.PUSH_SECONDS)
 
     async def open_device_memory(self, handle: bytes, size_bytes: int) -> tuple[grpc.aio.Call, str]:
         """Lets it open GPU memory: a call, as long as which the memory stays open, and the memory's id there."""
@@ -90,13 +82,13 @@ class Replica:
 
     async def push_whole(self, begin: sampler_pb2.PushBegin, content: memoryview) -> None:
         """Makes a version live on this sampler alone; nothing is sent when it is."""
-        await push(self._channel, begin, content, _PUSH_SECONDS)
+        await push(self._channel, begin, content, channels.PUSH_SECONDS)
 
     async def read(self, adapter_id: str, version: int) -> Snapshot:
         """A version as it was pushed. PayloadError when it arrives damaged."""
         request = sampler_pb2.ExportAdapterVersionRequest(adapter_id=adapter_id, version=version)
         try:
-            frames = self._stub.ExportAdapterVersion(request, timeout=_PUSH_SECONDS)
+            frames = self._stub.ExportAdapterVersion(request, timeout=channels.PUSH_SECONDS)
             manifest = (await frames.read()).head.manifest
             buffer = bytearray(manifest.size_bytes)
             receiver = payload.Receiver(manifest, buffer)
@@ -114,7 +106,7 @@ class Replica:
             version=version,
             sequences=[common_pb2.TokenSequence(tokens=tokens) for tokens in sequences],
         )
-        response = await self._call(self._stub.ComputeLogprobs, request, _PUSH_SECONDS)
+        response = await self._call(self._stub.ComputeLogprobs, request, channels.PUSH_SECONDS)
         return [tensors.decode(tensor) for tensor in response.logprobs]
 
     async def confirm_current(self) -> None:

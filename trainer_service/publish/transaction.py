@@ -21,6 +21,7 @@ from trainer_service.snapshot import Snapshot
 
 if TYPE_CHECKING:  # needs CUDA's library
     from trainer_service.publish.cuda_ipc import Staged
+    from trainer_service.publish.relays import SharedPayload
 
 log = structlog.get_logger(__name__)
 
@@ -101,9 +102,11 @@ class Transaction:
         probe: Probe | None,
         staged: "Staged | None" = None,
         transport: Transport = Transport.UNSPECIFIED,
+        shared: "SharedPayload | None" = None,
     ):
-        """`replicas`: all that are known. `staged`: the snapshot in GPU memory, None not to use that; it must stay as
-        it is until `run` has ended. `transport`: CUDA_IPC to publish that way or not at all.
+        """`replicas`: all that are known. `staged`: the snapshot in GPU memory; `shared`: in memory that other
+        processes send it from. None not to use that; both must stay as they are until `run` has ended. `transport`:
+        CUDA_IPC to publish that way or not at all.
         """
         self._adapter_id = adapter_id
         self._snapshot = snapshot
@@ -111,6 +114,7 @@ class Transaction:
         self._probe = probe
         self._staged = staged
         self._transport = transport
+        self._shared = shared
         self._pushes: list[_Push] = []
 
     async def run(self, number: int, reserve: Callable[[int], Awaitable[None]]) -> tuple[int, list[ReplicaOutcome]]:
@@ -138,7 +142,7 @@ class Transaction:
 
     async def _begin_everywhere(self, number: int) -> int:
         for _ in range(_MAX_NUMBERS):
-            self._pushes = [_Push(replica, replica.push()) for replica in self._replicas]
+            self._pushes = [_Push(replica, self._stream(replica)) for replica in self._replicas]
             announce = functools.partial(self._announce, number)
             await asyncio.gather(*(push.attempt(announce) for push in self._pushes))
             self._check_transport(number)
@@ -165,6 +169,9 @@ class Transaction:
             adapter_id=self._adapter_id,
         )
 
+    def _stream(self, replica: Replica) -> PushStream:
+        return self._shared.push(replica.address) if self._shared else replica.push()
+
     async def _announce(self, number: int, push: _Push) -> None:
         """BEGIN at one sampler. It may not have noticed yet that the last push of the adapter was given up."""
         if self._staged:
@@ -185,7 +192,7 @@ class Transaction:
                     raise
                 push.stream.close()
                 await asyncio.sleep(_BUSY_SECONDS)
-                push.stream = push.replica.push()
+                push.stream = self._stream(push.replica)
             else:
                 push.live = committed.version if committed else None
                 return

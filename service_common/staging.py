@@ -1,4 +1,4 @@
-"""Memory where a payload gathers until it is whole, and stays as long as its version, readable by vLLM's workers."""
+"""Memory for payloads that other processes of a service read."""
 
 import collections
 import mmap
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class StagingBuffer:
-    """Anonymous memory with a path: the workers open it, and nothing of it outlives the last process that has it open.
+    """Anonymous memory with a path: other processes open it, and nothing outlives the last one that has it open.
 
     A file in /dev/shm would stay behind when this process is killed in the middle of a push.
     """
@@ -30,7 +30,7 @@ class StagingBuffer:
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def close(self) -> None:
-        """Ends its use by one version. Neither this process nor a worker may touch it any more."""
+        """Ends its use by one version. Neither this process nor another one may touch it any more."""
         self._give_back(self)
 
     def free(self) -> None:
