@@ -14,6 +14,7 @@ from service_common.errors import Code, ServiceError
 from trainer_service.publish import cuda_ipc as cuda_ipc_module
 from trainer_service.publish import publisher as publisher_module
 from trainer_service.publish.cuda_ipc import CudaIpc
+from trainer_service.publish.relays import Relays
 from trainer_service.publish.transaction import Transport
 
 
@@ -30,9 +31,9 @@ def stand_ins(monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def publishing(*worlds, on=True):
+async def publishing(*worlds, on=True, relays=None):
     cuda_ipc = CudaIpc(torch.device("cpu")) if on else None
-    async with sampler_worlds.publishing(worlds, adapter_ids="abcdef", cuda_ipc=cuda_ipc) as publisher:
+    async with sampler_worlds.publishing(worlds, adapter_ids="abcdef", cuda_ipc=cuda_ipc, relays=relays) as publisher:
         await until(lambda: all(replica.dtype for replica in publisher._in_order()))  # all of them have been asked
         yield publisher
 
@@ -87,6 +88,22 @@ async def test_a_sampler_that_does_not_takes_chunks_and_the_answer_says_why(chec
             await publish(publisher, snapshot(checkpoint, 2), Transport.CUDA_IPC)
         assert (refusal.value.code, refusal.value.reason) == (Code.FAILED_PRECONDITION, "CUDA_IPC_UNAVAILABLE")
         assert without.live() == world.live() == {1: 1.0}
+
+
+async def test_samplers_beside_it_get_chunks_from_relays(checkpoint):
+    relays = Relays(2, least_bytes=1)
+    async with (
+        sampler(checkpoint) as world,
+        sampler(checkpoint, "cpu") as first,
+        sampler(checkpoint, "cpu") as second,
+        publishing(world, first, second, relays=relays) as publisher,
+    ):
+        published = await publish(publisher, snapshot(checkpoint, 1))
+        by_address = {outcome.address: outcome.transport for outcome in published.replicas}
+        assert by_address.pop(world.address) is Transport.CUDA_IPC
+        assert list(by_address.values()) == [Transport.GRPC] * 2
+        assert all(relay._process for relay in relays._relays)
+        assert [each.live() for each in (world, first, second)] == [{1: 1.0}] * 3
 
 
 async def test_another_host_and_a_gpu_out_of_reach_take_chunks(checkpoint, monkeypatch):

@@ -98,6 +98,10 @@ class Staged:
         self._no_area = no_area
         self.fill = OnRankZero(area.fill) if area else None
 
+    def reaches(self, replica: Replica) -> bool:
+        """Whether nothing is known to keep this sampler from reading the payload here."""
+        return self._area is not None and not self._ipc.obstacle(replica)
+
     async def opened_by(self, replica: Replica) -> tuple[str, str]:
         """The sampler's id for the memory and ""; or "" and why it has none. TinkerbellError when it is down."""
         if obstacle := self._ipc.obstacle(replica):

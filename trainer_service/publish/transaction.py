@@ -170,7 +170,9 @@ class Transaction:
         )
 
     def _stream(self, replica: Replica) -> PushStream:
-        return self._shared.push(replica.address) if self._shared else replica.push()
+        if self._shared and goes_over_grpc(replica, self._staged):
+            return self._shared.push(replica.address)
+        return replica.push()
 
     async def _announce(self, number: int, push: _Push) -> None:
         """BEGIN at one sampler. It may not have noticed yet that the last push of the adapter was given up."""
@@ -291,6 +293,11 @@ class Transaction:
 
     def _used(self, push: _Push) -> Transport:
         return Transport.CUDA_IPC if push.memory_id else Transport.GRPC
+
+
+def goes_over_grpc(replica: Replica, staged: "Staged | None") -> bool:
+    """Whether a payload has to, as far as is known before the push."""
+    return staged is None or not staged.reaches(replica)
 
 
 def _nobody_there(adapter_id: str, pushes: Sequence[_Push]) -> ServiceError:
