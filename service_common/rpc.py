@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from service_common.allocator import keep_freed_memory
 from service_common.errors import ServiceError
 
 ERROR_DOMAIN = "tinkerbell"
@@ -114,6 +115,7 @@ class Server:
 
     def __init__(self, listen: str, service_name: str, add_service: Callable[[grpc.aio.Server], None]):
         """`listen`: HOST:PORT; `add_service` registers the servicer."""
+        keep_freed_memory()
         self._service_name = service_name
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
         add_service(self._server)
