@@ -10,6 +10,7 @@ from sampler_worlds import SamplerWorld, publishing, snapshot, tiny_checkpoint, 
 
 from service_common import errors
 from service_common.errors import Code, ServiceError
+from trainer_service.publish import relays as relays_module
 from trainer_service.publish.relays import Relays
 from trainer_service.publish.transaction import ReplicaState
 
@@ -64,6 +65,15 @@ async def test_one_sampler_needs_no_relay(samplers, checkpoint):
     async with publishing(samplers[:1], relays=relays) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1), 0)
     assert [relay._process for relay in relays._relays] == [None, None]
+
+
+async def test_without_relays_a_version_goes_out_all_the_same(samplers, checkpoint, monkeypatch):
+    monkeypatch.setattr(relays_module, "_START_SECONDS", 0.5)
+    monkeypatch.setattr(relays_module.sys, "executable", "/bin/false")
+    async with publishing(samplers, relays=Relays(2, least_bytes=1)) as publisher:
+        for content in (1, 2):
+            published = await publisher.publish("a", snapshot(checkpoint, content), 0)
+            assert [outcome.state for outcome in published.replicas] == [ReplicaState.COMMITTED] * 3
 
 
 async def test_a_refusal_arrives_with_its_reason_and_leaves_nothing(samplers, checkpoint, relays):

@@ -18,13 +18,14 @@ import torch
 
 from service_common.staging import StagingPool
 from tinkerbell.push import PushStream
-from trainer_service.publish import channels, relay
+from trainer_service.publish import relay
+from trainer_service.publish.channels import PUSH_SECONDS
 from trainer_service.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
 
 _LEAST_BYTES = 16 << 20  # what one process sends in the time that a copy and the detour take
-_START_SECONDS = 60.0
+_START_SECONDS = 30.0
 
 
 class RelayedPush(PushStream):
@@ -48,7 +49,7 @@ class SharedPayload:
     def push(self, sampler: str) -> PushStream:
         """A new push to a sampler's HOST:PORT, for a transaction; close it in the end."""
         metadata = ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, self._path))
-        return RelayedPush(next(self._relays), channels.PUSH_SECONDS, metadata)
+        return RelayedPush(next(self._relays), PUSH_SECONDS, metadata)
 
 
 class Relays:
@@ -65,12 +66,10 @@ class Relays:
     async def shared(self, snapshot: Snapshot, num_samplers: int) -> AsyncIterator[SharedPayload | None]:
         """The snapshot's payload for so many samplers, until the block ends; None where one process does as well."""
         size = snapshot.manifest.size_bytes
-        relays = self._relays[:num_samplers]
-        if len(relays) < 2 or size < self._least_bytes:
+        running = await self._running(num_samplers) if size >= self._least_bytes else []
+        if not running:
             yield None
             return
-        async with self._starting:
-            running = await asyncio.gather(*(each.running() for each in relays))
         buffer = self._buffers.take(size)
         copying = asyncio.create_task(asyncio.to_thread(_copy, snapshot, buffer.view))
         try:
@@ -78,6 +77,22 @@ class Relays:
             yield SharedPayload(buffer.path, itertools.cycle(running))
         finally:
             copying.add_done_callback(lambda _: buffer.close())  # a copy that has begun goes on when nobody wants it
+
+    async def _running(self, num_samplers: int) -> list[grpc.aio.Channel]:
+        """None from the first time on that they do not start: pushes need them only to be quick."""
+        relays = self._relays[:num_samplers]
+        if len(relays) < 2:
+            return []
+        async with self._starting:
+            started = await asyncio.gather(*(each.running() for each in relays), return_exceptions=True)
+        channels = [each for each in started if not isinstance(each, BaseException)]
+        if len(channels) < len(started):
+            failure = next(each for each in started if isinstance(each, BaseException))
+            log.warning("relays_given_up", error=repr(failure))
+            await self.close()
+            self._relays = []
+            return []
+        return channels
 
     async def close(self) -> None:
         """Ends the processes."""
