@@ -14,7 +14,7 @@ from service_common.checkpoint import Checkpoint
 from service_common.lora import check_adapter_id, check_manifest, normalized
 from service_common.staging import StagingPool
 from tinkerbell import payload
-from tinkerbell.push_frames import Chunk
+from tinkerbell.payload import Chunk
 from tinkerbell.v1 import common_pb2
 
 log = structlog.get_logger(__name__)

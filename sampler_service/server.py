@@ -23,7 +23,7 @@ from sampler_service.versions import Version
 from service_common import errors, failpoints
 from service_common.lora import TARGET_MODULES
 from tinkerbell import payload, push_frames, tensors
-from tinkerbell.push_frames import Chunk
+from tinkerbell.payload import Chunk
 from tinkerbell.v1 import sampler_pb2, sampler_pb2_grpc
 
 SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["SamplerService"].full_name

@@ -8,15 +8,12 @@ import functools
 import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from blake3 import blake3
 
 from tinkerbell import tensors
 from tinkerbell.v1 import common_pb2
-
-if TYPE_CHECKING:
-    from tinkerbell.push_frames import Chunk
 
 # Below gRPC's default message limit of 4 MiB. Of larger pieces the C library gives the memory back to the system after
 # each message, and getting it anew takes several times as long as sending it.
@@ -131,6 +128,13 @@ def chunks(payload: bytes | memoryview) -> Iterator[common_pb2.PayloadChunk]:
         yield common_pb2.PayloadChunk(offset=offset, data=bytes(view[offset : offset + CHUNK_BYTES]))
 
 
+class Chunk(NamedTuple):
+    """As PayloadChunk, the data being part of the frame that it came in."""
+
+    offset: int
+    data: memoryview
+
+
 class Receiver:
     """Collects chunks into a buffer of the announced size and proves that they are what was announced."""
 
@@ -140,11 +144,11 @@ class Receiver:
         self._buffer = memoryview(buffer)
         self.received = 0
 
-    def add(self, chunk: "common_pb2.PayloadChunk | Chunk") -> None:
+    def add(self, chunk: common_pb2.PayloadChunk | Chunk) -> None:
         """PayloadError when the chunk is out of order or too much."""
         if chunk.offset != self.received:
             raise PayloadError(f"expected the chunk at offset {self.received}, got the one at {chunk.offset}")
-        data = chunk.data  # a new object every time
+        data = chunk.data  # a message's is a new object every time
         end = chunk.offset + len(data)
         if end > self._manifest.size_bytes:
             raise PayloadError(

@@ -104,18 +104,23 @@ class PushStream:
         return answer
 
     async def _write(self, request: sampler_pb2.PushAdapterRequest | bytes) -> bool:
-        """False when the sampler has ended the call; reading tells why."""
         try:
-            await self._call.write(request)
-        except asyncio.InvalidStateError:
-            return False
+            return await write(self._call, request)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(await self._status.error(error), "the sampler") from error
-        return True
 
     async def _end(self) -> None:
         await self._call.done_writing()
         await self._call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
+
+
+async def write(call: Any, request: sampler_pb2.PushAdapterRequest | bytes) -> bool:
+    """False when the sampler has ended the call; reading tells why."""
+    try:
+        await call.write(request)
+    except asyncio.InvalidStateError:
+        return False
+    return True
 
 
 def _serialized(request: sampler_pb2.PushAdapterRequest | bytes) -> bytes:

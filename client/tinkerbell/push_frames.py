@@ -4,17 +4,9 @@ Each byte is copied once on either side. Messages would copy it three times, and
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from tinkerbell.payload import CHUNK_BYTES
+from tinkerbell.payload import CHUNK_BYTES, Chunk
 from tinkerbell.v1 import common_pb2, sampler_pb2
-
-
-class Chunk(NamedTuple):
-    """As PayloadChunk, the data being part of the frame that it came in."""
-
-    offset: int
-    data: memoryview
 
 
 def chunk_frames(payload: bytes | memoryview) -> Iterator[bytes]:

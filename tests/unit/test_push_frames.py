@@ -6,8 +6,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinkerbell.payload import CHUNK_BYTES, chunks
-from tinkerbell.push_frames import Chunk, chunk_frames, parsed
+from tinkerbell.payload import CHUNK_BYTES, Chunk, chunks
+from tinkerbell.push_frames import chunk_frames, parsed
 from tinkerbell.v1 import common_pb2, sampler_pb2
 
 _OFFSETS = st.one_of(st.integers(0, 300), st.integers(0, (1 << 64) - 1))

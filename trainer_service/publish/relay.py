@@ -5,6 +5,7 @@ all of a push's bytes, it takes from memory that it shares with the trainer. End
 """
 
 import asyncio
+import functools
 import mmap
 import sys
 from collections.abc import AsyncIterator
@@ -27,62 +28,46 @@ SAMPLER_KEY, PAYLOAD_KEY = "sampler", "payload"
 
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
 
+_channel_to = functools.cache(channels.to_sampler)
 
-class _Relay:
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def push(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        """Every frame but the payload's has one answer. The call ends as the sampler's does."""
-        wanted = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        method: Any = self._channel(wanted[SAMPLER_KEY]).stream_stream(push.METHOD)  # its stub asks for serializers
-        call = method(timeout=context.time_remaining())
-        status = CallStatus(call)
-        try:
-            async for frame in frames:
-                if frame == PAYLOAD:
-                    await _send_payload(call, Path(wanted[PAYLOAD_KEY]))
-                    continue
-                await _write(call, frame)
-                answer = await call.read()
-                if answer is grpc.aio.EOF:
-                    return
-                yield answer
-            await call.done_writing()
-            await call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
-        except grpc.aio.AioRpcError as raised:
-            error = await status.error(raised)
-            await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
-        finally:
-            call.cancel()
-
-    def _channel(self, sampler: str) -> grpc.aio.Channel:
-        if sampler not in self._channels:
-            self._channels[sampler] = channels.to_sampler(sampler)
-        return self._channels[sampler]
+async def _relayed(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    """Every frame but the payload's has one answer. The call ends as the sampler's does."""
+    wanted = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    method: Any = _channel_to(wanted[SAMPLER_KEY]).stream_stream(push.METHOD)  # its stub asks for serializers
+    call = method(timeout=context.time_remaining())
+    status = CallStatus(call)
+    try:
+        async for frame in frames:
+            if frame == PAYLOAD:
+                await _send_payload(call, Path(wanted[PAYLOAD_KEY]))
+                continue
+            await push.write(call, frame)
+            answer = await call.read()
+            if answer is grpc.aio.EOF:
+                return
+            yield answer
+        await call.done_writing()
+        await call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
+    except grpc.aio.AioRpcError as raised:
+        error = await status.error(raised)
+        await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+    finally:
+        call.cancel()
 
 
 async def _send_payload(call: Any, path: Path) -> None:
     with path.open("rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for frame in chunk_frames(memoryview(memory)):
-        if not await _write(call, frame):
+        if not await push.write(call, frame):
             return
-
-
-async def _write(call: Any, frame: bytes) -> bool:
-    """False when the sampler has ended the call; reading tells why."""
-    try:
-        await call.write(frame)
-    except asyncio.InvalidStateError:
-        return False
-    return True
 
 
 async def _serve(socket: str) -> None:
     server = grpc.aio.server(options=_OPTIONS)
     service, method = METHOD.removeprefix("/").split("/")
-    server.add_registered_method_handlers(service, {method: grpc.stream_stream_rpc_method_handler(_Relay().push)})
+    server.add_registered_method_handlers(service, {method: grpc.stream_stream_rpc_method_handler(_relayed)})
     server.add_insecure_port(socket)
     await server.start()
     await _end_of_input()
