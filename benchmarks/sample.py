@@ -40,7 +40,6 @@ from tinkerbell import (
     UnavailableError,
 )
 from tinkerbell.local import free_address
-from tinkerbell.v1 import sampler_pb2_grpc
 
 PROMPT = [504, 1296, 3707, 282, 39361, 1643, 338]  # The three laws of thermodynamics say that
 STREAMS = 8
@@ -63,7 +62,7 @@ class World:
         environment.prepare()
         from sampler_service.engine import Engine  # noqa: PLC0415  (vLLM reads its environment when it is imported)
         from sampler_service.sampler import Sampler  # noqa: PLC0415
-        from sampler_service.server import SamplerServicer  # noqa: PLC0415
+        from sampler_service.server import SERVICE_NAME, SamplerServicer, add_to_server  # noqa: PLC0415
         from sampler_service.tokenizer import Tokenizer  # noqa: PLC0415
 
         self.folder, self.device, self.rank, self.alpha = folder, device, rank, 2 * rank
@@ -94,11 +93,7 @@ class World:
         async def start() -> None:
             servicer = SamplerServicer()
             servicer.attach(Sampler(config, base, self.engine, tokenizer))
-            self._server = rpc.Server(
-                self.address,
-                "tinkerbell.v1.SamplerService",
-                lambda server: sampler_pb2_grpc.add_SamplerServiceServicer_to_server(servicer, server),
-            )
+            self._server = rpc.Server(self.address, SERVICE_NAME, functools.partial(add_to_server, servicer))
             await self._server.start()
             self.sampler, self.trainer = AsyncSamplerClient(self.address), AsyncTrainerClient(trainer_address)
             self.run = await self._adapter()
