@@ -159,10 +159,12 @@ def test_logits_of_a_few_tokens_at_a_time_train_the_same(tenants: Engine, monkey
         assert_close(arena_of(tenants, name).gradients, gradients[name], f"{name}'s gradients")
 
 
-def test_recomputed_activations_train_the_same(tenants: Engine) -> None:
-    """Bit for bit: the same operations run again."""
-    engine = Engine(torch.device("cpu"), Limits(), recompute_activations=True)
+def test_recomputed_activations_train_the_same(tenants: Engine, monkeypatch) -> None:
+    """Bit for bit on a CPU: the same operations run again."""
+    engine = Engine(device.of_engine(), Limits(), recompute_activations=True)
     assert tenants.checkpoint is not None
+    assert tenants._model is not None
+    monkeypatch.setattr(tenants._model, "_graphs", None)  # what they keep, nobody counts
     engine.load_base_model(tenants.checkpoint, lambda stage: None)
     for number, (name, (rank, alpha, rslora, modules, _, _)) in enumerate(TENANTS.items()):
         config = common_pb2.LoraConfig(rank=rank, alpha=alpha, use_rslora=rslora, target_modules=modules)
@@ -182,8 +184,11 @@ def test_recomputed_activations_train_the_same(tenants: Engine) -> None:
             shared_pass(each, data)
         saved.append(kept)
     for name in TENANTS:
-        assert torch.equal(arena_of(engine, name).gradients, arena_of(tenants, name).gradients), name
-        assert arena_of(engine, name).gradients.norm() > 0
+        ours, plain = (arena_of(each, name).gradients for each in (engine, tenants))
+        if device.name == "cpu":
+            assert torch.equal(ours, plain), name
+        assert_close(ours, plain, name)
+        assert ours.norm() > 0
     assert saved[1] < saved[0] / 2
 
 

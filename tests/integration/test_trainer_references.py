@@ -2,9 +2,12 @@
 
 Tolerances in float32: 1e-4 absolute for logits (whose scale is 3 to 35), 1e-4 relative for gradients and trained
 weights. With a bfloat16 base model, of the norms: 2e-2 for logits, 1e-1 for the gradient of each tensor and for its
-weights after ten steps, most of which are signs of small gradients.
+weights after ten steps, most of which are signs of small gradients; or, where that is more, four times as far from
+float32 as Hugging Face and PEFT are in bfloat16 themselves. Gemma 3 and SmolLM2 amplify what bfloat16 rounds off: the
+gradients of SmolLM2's first layers are half their norm off, in PEFT as in ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +53,10 @@ class Trainee:
     folder: Path
     vocab_size: int
 
-    def reference(self) -> transformers.PreTrainedModel:
+    def reference(self, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
         # Hugging Face's other attention leaves out Gemma 2's cap on the scores.
         return transformers.AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="eager"
+            self.folder, dtype=dtype, attn_implementation="eager"
         ).eval()
 
     def batch(self, seed: int) -> list[Datum]:
@@ -98,11 +101,13 @@ def trainee(request) -> Trainee:
     return Trainee(engine, folder, found.vocab_size)
 
 
-def adapted_reference(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES) -> peft.PeftModel:
-    """PEFT's model with the adapter's exported weights."""
+def adapted_reference(
+    trainee: Trainee, weights: dict[str, torch.Tensor], modules=TARGET_MODULES, dtype: torch.dtype = torch.float32
+) -> peft.PeftModel:
+    """PEFT's model with an adapter's exported weights; `dtype`: the base model's."""
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(modules), lora_dropout=0.0)
-    model = peft.get_peft_model(trainee.reference(), config)
-    outcome = peft.set_peft_model_state_dict(model, trainee.weights(adapter_id))
+    model = peft.get_peft_model(trainee.reference(dtype), config)
+    outcome = peft.set_peft_model_state_dict(model, weights)
     assert not outcome.unexpected_keys
     assert not [key for key in outcome.missing_keys if "lora_" in key]
     return model
@@ -110,16 +115,46 @@ def adapted_reference(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES)
 
 def reference_loss(model, batch: list[Datum]) -> torch.Tensor:
     """One sequence at a time, without packing."""
-    total = torch.zeros((), dtype=next(model.parameters()).dtype)
+    losses = []
     for datum in batch:
         logits = model(torch.from_numpy(datum.tokens)[None]).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logprobs = logits.log_softmax(-1).gather(1, torch.from_numpy(datum.target_tokens)[:, None])[:, 0]
-        total = total - (logprobs * torch.from_numpy(datum.inputs["weights"]).to(logprobs.dtype)).sum()
-    return total
+        losses.append(-(logprobs * torch.from_numpy(datum.inputs["weights"]).to(logprobs.dtype)).sum())
+    return torch.stack(losses).sum()
+
+
+def trained(reference: peft.PeftModel) -> dict[str, torch.nn.Parameter]:
+    """What PEFT trains, under the names that we export."""
+    return {
+        name.replace(".default", ""): parameter
+        for name, parameter in reference.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+
+
+Computed = dict[str, torch.Tensor]
+
+
+def allowed(tolerance: float, compute: Callable[[torch.dtype], Computed], exact: Computed) -> dict[str, float]:
+    """How far we may be from `exact`, which is what `compute` gives in float32. See above."""
+    if device.name == "cpu":
+        return dict.fromkeys(exact, tolerance)
+    rounded = compute(torch.bfloat16)
+    return {name: max(tolerance, 4 * relative_error(rounded[name].float(), exact[name])) for name in exact}
+
+
+def assert_near(ours: Computed, tolerance: float, compute: Callable[[torch.dtype], Computed]) -> None:
+    exact = compute(torch.float32)
+    assert ours.keys() == exact.keys()
+    limits = allowed(tolerance, compute, exact)
+    errors = {name: relative_error(ours[name], exact[name]) for name in exact}
+    worst = max(errors, key=lambda name: errors[name] / limits[name])
+    assert errors[worst] <= limits[worst], f"{worst}: {errors[worst]:.2g} from float32, {limits[worst]:.2g} allowed"
 
 
 def create(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES, learning_rate: float = 1e-2) -> None:
@@ -130,100 +165,105 @@ def create(trainee: Trainee, adapter_id: str, modules=TARGET_MODULES, learning_r
     trainee.engine.optim_step(adapter_id, AdamParams(learning_rate=learning_rate))
 
 
+@torch.no_grad()
+def logits_of(model, batch: list[Datum]) -> Computed:
+    """By the sequence's place in the batch."""
+    return {str(at): model(torch.from_numpy(datum.tokens)[None]).logits[0] for at, datum in enumerate(batch)}
+
+
 def test_base_logits_equal_hugging_face(trainee: Trainee) -> None:
     batch = trainee.batch(1)
-    packed = trainee.logits(batch)
-    with torch.no_grad():
-        reference = trainee.reference()
-        for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
-            theirs = reference(torch.from_numpy(datum.tokens)[None]).logits[0]
-            if device.name == "cpu":
-                assert (ours - theirs).abs().max() <= TOLERANCE
-            else:
-                assert relative_error(ours, theirs) <= 2e-2
+    ours = dict(zip("0123", trainee.logits(batch).split(LENGTHS), strict=True))
+    if device.name == "cpu":
+        theirs = logits_of(trainee.reference(), batch)
+        assert max((ours[at] - theirs[at]).abs().max() for at in theirs) <= TOLERANCE
+    else:
+        assert_near(ours, 2e-2, lambda dtype: logits_of(trainee.reference(dtype), batch))
 
 
 def test_export_gives_the_same_logits_in_peft_and_not_the_base_models(trainee: Trainee) -> None:
     create(trainee, "exported")
     batch = trainee.batch(2)
-    packed = trainee.logits(batch, "exported")
-    with torch.no_grad():
-        reference = adapted_reference(trainee, "exported")
-        for datum, ours in zip(batch, packed.split(LENGTHS), strict=True):
-            tokens = torch.from_numpy(datum.tokens)[None]
-            # Of the norm: on SmolLM2, whose logits reach 35, float32 itself is 1e-4 from float64 at single ones.
-            assert relative_error(ours, reference(tokens).logits[0]) <= device.tolerance(1e-5, 2e-2)
-            with reference.disable_adapter():
-                assert relative_error(ours, reference(tokens).logits[0]) > device.tolerance(1e-3, 4e-2)
+    ours = dict(zip("0123", trainee.logits(batch, "exported").split(LENGTHS), strict=True))
+    weights = trainee.weights("exported")
+
+    def compute(dtype: torch.dtype) -> Computed:
+        return logits_of(adapted_reference(trainee, weights, dtype=dtype), batch)
+
+    exact = compute(torch.float32)
+    # Of the norm: on SmolLM2, whose logits reach 35, float32 itself is 1e-4 from float64 at single ones.
+    limits = allowed(device.tolerance(1e-5, 2e-2), compute, exact)
+    base = logits_of(trainee.reference(), batch)
+    for at in exact:
+        assert relative_error(ours[at], exact[at]) <= limits[at]
+        assert relative_error(ours[at], base[at]) > max(1e-3, 2 * limits[at])
     trainee.engine.remove_adapter("exported")
 
 
 @pytest.mark.parametrize("modules", [TARGET_MODULES, ("k_proj", "o_proj", "up_proj")], ids=["all", "some"])
 def test_gradients_of_every_module_equal_pefts(trainee: Trainee, modules) -> None:
-    create(trainee, "graded", modules)
-    reference = adapted_reference(trainee, "graded", modules)
+    adapter_id = f"graded-{len(modules)}"
+    # After a larger step, SmolLM2's gradients in bfloat16 are noise.
+    create(trainee, adapter_id, modules, learning_rate=1e-2 if device.name == "cpu" else 1e-3)
+    weights = trainee.weights(adapter_id)
     batches = [trainee.batch(3), trainee.batch(4)]  # accumulated over two calls
-    for batch in batches:
-        ours = metrics(forward_backward(trainee.engine, "graded", batch))
-        theirs = reference_loss(reference, batch)
-        assert ours["loss:sum"] == pytest.approx(theirs.item(), rel=device.tolerance(1e-4, 1e-2))
-        theirs.backward()
-    expected = {
-        name.replace(".default", ""): parameter.grad
-        for name, parameter in reference.named_parameters()
-        if parameter.requires_grad
-    }
-    ours = trainee.gradients("graded")
-    assert ours.keys() == expected.keys()
-    errors = {name: relative_error(ours[name], expected[name]) for name in ours}
-    assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
-    trainee.engine.remove_adapter("graded")
+    losses = [metrics(forward_backward(trainee.engine, adapter_id, batch))["loss:sum"] for batch in batches]
+
+    def compute(dtype: torch.dtype) -> Computed:
+        reference = adapted_reference(trainee, weights, modules, dtype)
+        for batch, ours in zip(batches, losses, strict=True):
+            theirs = reference_loss(reference, batch)
+            assert ours == pytest.approx(theirs.item(), rel=device.tolerance(1e-4, 1e-2))
+            theirs.backward()
+        return {name: parameter.grad for name, parameter in trained(reference).items()}
+
+    assert_near(trainee.gradients(adapter_id), TOLERANCE, compute)
+    trainee.engine.remove_adapter(adapter_id)
 
 
 STEPS = 10
 
 
-def stepped(trainee: Trainee, eps: float) -> tuple[peft.PeftModel, dict[str, torch.Tensor]]:
-    """PEFT's model where our ten steps begin, and our weights where they end."""
-    create(trainee, "stepped", learning_rate=1e-3)  # a larger step leaves SmolLM2 where ten more are chaotic
-    reference = adapted_reference(trainee, "stepped")
+def stepped(trainee: Trainee, eps: float) -> tuple[Computed, Computed]:
+    """An adapter's weights before and after ten steps."""
+    adapter_id = f"stepped-{eps}"
+    create(trainee, adapter_id, learning_rate=1e-3)  # a larger step leaves SmolLM2 where ten more are chaotic
+    start = trainee.weights(adapter_id)
     # As create's step left it, so that both continue from the same moments.
-    adapter = trainee.engine._adapters["stepped"]
+    adapter = trainee.engine._adapters[adapter_id]
     adapter.arena.exp_avg.zero_()
     adapter.arena.exp_avg_sq.zero_()
     adapter.step = 0
     params = AdamParams(learning_rate=1e-4, beta2=0.99, eps=eps, weight_decay=0.1, grad_clip_norm=5.0)
     for step in range(STEPS):
-        forward_backward(trainee.engine, "stepped", trainee.batch(10 + step))
-        assert trainee.engine.optim_step("stepped", params).step == step + 1
-    ours = trainee.weights("stepped")
-    trainee.engine.remove_adapter("stepped")
-    return reference, ours
+        forward_backward(trainee.engine, adapter_id, trainee.batch(10 + step))
+        assert trainee.engine.optim_step(adapter_id, params).step == step + 1
+    end = trainee.weights(adapter_id)
+    trainee.engine.remove_adapter(adapter_id)
+    return start, end
 
 
-def step_reference(trainee: Trainee, reference: peft.PeftModel, eps: float) -> dict[str, torch.Tensor]:
-    """PEFT's weights after the same ten steps by PyTorch's AdamW, in the model's dtype."""
-    trainable = [parameter for parameter in reference.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.99), eps=eps, weight_decay=0.1, foreach=False)
+def step_reference(trainee: Trainee, reference: peft.PeftModel, eps: float) -> Computed:
+    """PEFT's weights after the same ten steps by PyTorch's AdamW, in the adapter's dtype."""
+    trainable = trained(reference)
+    parameters = list(trainable.values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.99), eps=eps, weight_decay=0.1, foreach=False)
     for step in range(STEPS):
         optimizer.zero_grad()
         reference_loss(reference, trainee.batch(10 + step)).backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 5.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
-    return {
-        name.replace(".default", ""): parameter.detach()
-        for name, parameter in reference.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: parameter.detach() for name, parameter in trainable.items()}
 
 
 def test_ten_adamw_steps_give_the_same_weights(trainee: Trainee) -> None:
     """Every tensor by itself, with an eps above the gradients' rounding error."""
-    reference, ours = stepped(trainee, eps=1e-4)
-    theirs = step_reference(trainee, reference, eps=1e-4)
-    assert ours.keys() == theirs.keys()
-    errors = {name: relative_error(ours[name], theirs[name]) for name in ours}
-    assert max(errors.values()) <= TOLERANCE, max(errors.items(), key=lambda item: item[1])
+    start, ours = stepped(trainee, eps=1e-4)
+
+    def compute(dtype: torch.dtype) -> Computed:
+        return step_reference(trainee, adapted_reference(trainee, start, dtype=dtype), eps=1e-4)
+
+    assert_near(ours, TOLERANCE, compute)
 
 
 @pytest.mark.cpu_only
@@ -232,8 +272,8 @@ def test_with_adams_own_eps_the_adapter_is_near_float64s(trainee: Trainee) -> No
     judge is the same training in float64: the whole adapter is within 1e-4 of it, every tensor within 1e-3 (seen on
     SmolLM2: 3.1e-4, where PEFT's float32 was at 1.0e-4).
     """
-    reference, ours = stepped(trainee, eps=1e-8)
-    exact = step_reference(trainee, reference.double(), eps=1e-8)
+    start, ours = stepped(trainee, eps=1e-8)
+    exact = step_reference(trainee, adapted_reference(trainee, start).double(), eps=1e-8)
     whole = [torch.cat([weights[name].double().reshape(-1) for name in exact]) for weights in (ours, exact)]
     assert relative_error(*whole) <= TOLERANCE
     errors = {name: relative_error(ours[name].double(), exact[name]) for name in exact}
