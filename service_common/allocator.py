@@ -1,4 +1,4 @@
-"""The C library's allocator, tuned for messages of half a megabyte, one after the other."""
+"""The C library's allocator, tuned for messages of a megabyte, one after the other."""
 
 import ctypes
 
