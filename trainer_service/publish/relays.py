@@ -29,27 +29,41 @@ _START_SECONDS = 30.0
 
 
 class RelayedPush(PushStream):
-    """A push by way of another process, which has the payload already."""
+    """A push by way of another process, which finds the payload in shared memory."""
 
     METHOD = relay.METHOD
 
+    def __init__(self, channel: grpc.aio.Channel, payload: "SharedPayload", sampler: str):
+        """`channel`: to the relay; `sampler`: HOST:PORT."""
+        metadata = ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, payload.path))
+        super().__init__(channel, PUSH_SECONDS, metadata)
+        self._payload = payload
+
     async def send(self, payload: bytes | memoryview) -> None:
         """Has the payload sent that is in shared memory."""
+        await self._payload.ready()
         await self._write(relay.PAYLOAD)
 
 
 class SharedPayload:
-    """A payload in memory that the relays read."""
+    """A payload on its way to memory that the relays read.
 
-    def __init__(self, path: str, relays: Iterator[grpc.aio.Channel]):
+    path: of that memory, to this user's processes.
+    """
+
+    def __init__(self, path: str, copying: asyncio.Task[None], relays: Iterator[grpc.aio.Channel]):
         """`relays`: to take in turn, without end."""
-        self._path = path
+        self.path = path
+        self._copying = copying
         self._relays = relays
 
     def push(self, sampler: str) -> PushStream:
         """A new push to a sampler's HOST:PORT, for a transaction; close it in the end."""
-        metadata = ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, self._path))
-        return RelayedPush(next(self._relays), PUSH_SECONDS, metadata)
+        return RelayedPush(next(self._relays), self, sampler)
+
+    async def ready(self) -> None:
+        """Returns when the payload is there."""
+        await asyncio.shield(self._copying)
 
 
 class Relays:
@@ -64,7 +78,10 @@ class Relays:
 
     @contextlib.asynccontextmanager
     async def shared(self, snapshot: Snapshot, num_samplers: int) -> AsyncIterator[SharedPayload | None]:
-        """The snapshot's payload for so many samplers, until the block ends; None where one process does as well."""
+        """The snapshot's payload for so many samplers, until the block ends; None where one process does as well.
+
+        It is copied while the samplers answer BEGIN.
+        """
         size = snapshot.manifest.size_bytes
         running = await self._running(num_samplers) if size >= self._least_bytes else []
         if not running:
@@ -73,8 +90,7 @@ class Relays:
         buffer = self._buffers.take(size)
         copying = asyncio.create_task(asyncio.to_thread(_copy, snapshot, buffer.view))
         try:
-            await asyncio.shield(copying)
-            yield SharedPayload(buffer.path, itertools.cycle(running))
+            yield SharedPayload(buffer.path, copying, itertools.cycle(running))
         finally:
             copying.add_done_callback(lambda _: buffer.close())  # a copy that has begun goes on when nobody wants it
 
