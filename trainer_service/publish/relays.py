@@ -33,37 +33,29 @@ class RelayedPush(PushStream):
 
     METHOD = relay.METHOD
 
-    def __init__(self, channel: grpc.aio.Channel, payload: "SharedPayload", sampler: str):
-        """`channel`: to the relay; `sampler`: HOST:PORT."""
-        metadata = ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, payload.path))
-        super().__init__(channel, PUSH_SECONDS, metadata)
-        self._payload = payload
+    def __init__(self, channel: grpc.aio.Channel, sampler: str, path: str, copying: asyncio.Task[None]):
+        """`channel`: to the relay; `sampler`: HOST:PORT; `path`: of memory that has the payload after `copying`."""
+        super().__init__(channel, PUSH_SECONDS, ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, path)))
+        self._copying = copying
 
     async def send(self, payload: bytes | memoryview) -> None:
         """Has the payload sent that is in shared memory."""
-        await self._payload.ready()
+        await asyncio.shield(self._copying)
         await self._write(relay.PAYLOAD)
 
 
 class SharedPayload:
-    """A payload on its way to memory that the relays read.
-
-    path: of that memory, to this user's processes.
-    """
+    """A payload on its way to memory that the relays read."""
 
     def __init__(self, path: str, copying: asyncio.Task[None], relays: Iterator[grpc.aio.Channel]):
         """`relays`: to take in turn, without end."""
-        self.path = path
+        self._path = path
         self._copying = copying
         self._relays = relays
 
     def push(self, sampler: str) -> PushStream:
         """A new push to a sampler's HOST:PORT, for a transaction; close it in the end."""
-        return RelayedPush(next(self._relays), self, sampler)
-
-    async def ready(self) -> None:
-        """Returns when the payload is there."""
-        await asyncio.shield(self._copying)
+        return RelayedPush(next(self._relays), sampler, self._path, self._copying)
 
 
 class Relays:
