@@ -375,6 +375,7 @@ async def test_checkpoints_are_listed_and_deleted_and_names_are_used_once(client
         assert refusal.value.reason == "CHECKPOINT_NOT_FOUND"
 
 
+@pytest.mark.cpu_only  # two steps change less than what bfloat16 rounds off
 async def test_peft_reads_checkpoints_and_exported_folders(run, smollm2, tmp_path) -> None:
     await train(run, 2)
     tokens = [1, 30, 500, 7, 9, 2000]
@@ -388,7 +389,7 @@ async def test_peft_reads_checkpoints_and_exported_folders(run, smollm2, tmp_pat
         theirs = logprobs(model.eval(), tokens)
         base = model.unload()
         assert np.abs(theirs - before).max() > 1e-2
-        assert np.allclose(ours, theirs, atol=device.tolerance(1e-4, 0.1))
+        assert np.allclose(ours, theirs, atol=1e-4)
 
 
 async def test_an_imported_adapter_computes_what_the_exported_one_does(client, run, tmp_path) -> None:
