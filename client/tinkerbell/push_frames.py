@@ -9,10 +9,10 @@ from tinkerbell.payload import CHUNK_BYTES, Chunk
 from tinkerbell.v1 import common_pb2, sampler_pb2
 
 
-def chunk_frames(payload: bytes | memoryview) -> Iterator[bytes]:
-    """A payload as serialized PushAdapterRequests with a chunk each."""
-    view = memoryview(payload)
-    for offset in range(0, len(view), CHUNK_BYTES):
+def chunk_frames(payload: bytes | memoryview, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """A payload, or its bytes from `start` to `end`, as serialized PushAdapterRequests with a chunk each."""
+    view = memoryview(payload)[:end]
+    for offset in range(start, len(view), CHUNK_BYTES):
         data = view[offset : offset + CHUNK_BYTES]
         head = common_pb2.PayloadChunk(offset=offset).SerializeToString() + _DATA + _varint(len(data))
         yield b"".join((_CHUNK, _varint(len(head) + len(data)), head, data))

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.engine
 Tokens = common_pb2.TokenSequence
 STORY = "Once upon a time, in a village by the sea,"
 ROUNDING = device.tolerance(1e-3, 0.25)
-REFERENCE = device.tolerance(1e-3, 0.1)  # in the mean
+REFERENCE = device.tolerance(1e-3, 0.2)  # in the mean; Hugging Face in bfloat16 is 0.09 from its own float32
 
 
 @pytest.fixture(scope="session")
@@ -76,14 +76,14 @@ async def push(channel, adapter: Adapter, adapter_id: str, version: int) -> samp
 @pytest.fixture(scope="session")
 async def v1(channel, checkpoint) -> Adapter:
     """Live as version 1 of "anna", and version 2 is `v2`."""
-    adapter = random_adapter(checkpoint, seed=1)
+    adapter = random_adapter(checkpoint, seed=1, b_std=0.05)
     await push(channel, adapter, "anna", 1)
     return adapter
 
 
 @pytest.fixture(scope="session")
 async def v2(channel, checkpoint, v1) -> Adapter:
-    adapter = random_adapter(checkpoint, seed=2, rank=16, alpha=32.0)
+    adapter = random_adapter(checkpoint, seed=2, rank=16, alpha=32.0, b_std=0.05)
     await push(channel, adapter, "anna", 2)
     return adapter
 
@@ -223,7 +223,7 @@ async def test_a_pushed_adapter_scores_like_peft(stub, base, tokenizer, smollm2,
     expected = logprobs(peft_model(smollm2, v1), prompt)
     assert (served_by.adapter_id, served_by.version, served_by.digest) == ("anna", 1, v1.manifest.digest)
     assert np.abs(ours - expected).mean() <= REFERENCE
-    assert np.abs(logprobs(base, prompt) - expected).mean() > max(0.05, REFERENCE)
+    assert np.abs(logprobs(base, prompt) - expected).mean() > 2 * REFERENCE
 
 
 async def test_two_versions_coexist_and_responses_say_which(stub, tokenizer, smollm2, v1, v2):

@@ -18,6 +18,8 @@ def test_a_payload_is_cut_into_the_frames_that_protobuf_writes(size: int) -> Non
     content = np.random.default_rng(size).bytes(size)
     expected = [sampler_pb2.PushAdapterRequest(chunk=chunk).SerializeToString() for chunk in chunks(content)]
     assert list(chunk_frames(memoryview(content))) == expected
+    pieces = [chunk_frames(content, start, start + 3 * CHUNK_BYTES) for start in range(0, size, 3 * CHUNK_BYTES)]
+    assert [frame for piece in pieces for frame in piece] == expected
 
 
 @given(offset=_OFFSETS, data=st.binary(max_size=300))

@@ -32,8 +32,9 @@ async def running():
 
 @pytest.fixture
 async def relays(running, monkeypatch):
-    """They stay when a publisher closes them, and have given all memory back."""
+    """They stay when a publisher closes them, and have given all memory back. A payload is three pieces."""
     with monkeypatch.context() as patch:
+        patch.setattr(relays_module, "_PIECE_BYTES", 50)
         patch.setattr(running, "close", lambda: asyncio.sleep(0))
         yield running
     assert running._buffers.used_bytes == 0

@@ -7,6 +7,7 @@ all of a push's bytes, it takes from memory that it shares with the trainer. End
 import asyncio
 import functools
 import mmap
+import struct
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,8 +22,8 @@ from tinkerbell.push_frames import chunk_frames
 from trainer_service.publish import channels
 
 METHOD = "/tinkerbell.Relay/Push"
-# Stands for all chunks of the payload. No message begins with this byte.
-PAYLOAD = b"\0"
+# Stands for the chunks of a piece of the payload: a zero, with which no message begins, and where it starts and ends.
+PIECE = struct.Struct("<xQQ")
 # In the call's metadata: the sampler's HOST:PORT, and the file with the payload.
 SAMPLER_KEY, PAYLOAD_KEY = "sampler", "payload"
 
@@ -37,10 +38,11 @@ async def _relayed(frames: AsyncIterator[bytes], context: grpc.aio.ServicerConte
     method: Any = _channel_to(wanted[SAMPLER_KEY]).stream_stream(push.METHOD)  # its stub asks for serializers
     call = method(timeout=context.time_remaining())
     status = CallStatus(call)
+    payload = _mapped(Path(wanted[PAYLOAD_KEY]))
     try:
         async for frame in frames:
-            if frame == PAYLOAD:
-                await _send_payload(call, Path(wanted[PAYLOAD_KEY]))
+            if frame.startswith(b"\0"):
+                await _send_piece(call, payload, *PIECE.unpack(frame))
                 continue
             await push.write(call, frame)
             answer = await call.read()
@@ -56,12 +58,15 @@ async def _relayed(frames: AsyncIterator[bytes], context: grpc.aio.ServicerConte
         call.cancel()
 
 
-async def _send_payload(call: Any, path: Path) -> None:
+def _mapped(path: Path) -> memoryview:
     with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    for frame in chunk_frames(memoryview(memory)):
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+async def _send_piece(call: Any, payload: memoryview, start: int, end: int) -> None:
+    for frame in chunk_frames(payload, start, end):
         if not await push.write(call, frame):
-            return
+            return  # the sampler has ended the call; what follows hears why
 
 
 async def _serve(socket: str) -> None:

@@ -9,14 +9,15 @@ import contextlib
 import itertools
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
+import numpy as np
 import structlog
-import torch
 
-from service_common.staging import StagingPool
+from service_common.staging import StagingBuffer, StagingPool
 from tinkerbell.push import PushStream
 from trainer_service.publish import relay
 from trainer_service.publish.channels import PUSH_SECONDS
@@ -24,8 +25,17 @@ from trainer_service.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
 
-_LEAST_BYTES = 16 << 20  # what one process sends in the time that a copy and the detour take
+_LEAST_BYTES = 16 << 20  # what one process sends in the time that the detour takes
+_PIECE_BYTES = 8 << 20  # a relay sends one while others are still being copied
 _START_SECONDS = 30.0
+
+
+class _Piece(NamedTuple):
+    """Of a payload, from byte `start` to `end`; in shared memory when `copying` has ended."""
+
+    start: int
+    end: int
+    copying: asyncio.Task[None]
 
 
 class RelayedPush(PushStream):
@@ -33,29 +43,41 @@ class RelayedPush(PushStream):
 
     METHOD = relay.METHOD
 
-    def __init__(self, channel: grpc.aio.Channel, sampler: str, path: str, copying: asyncio.Task[None]):
-        """`channel`: to the relay; `sampler`: HOST:PORT; `path`: of memory that has the payload after `copying`."""
+    def __init__(self, channel: grpc.aio.Channel, sampler: str, path: str, pieces: Sequence[_Piece]):
+        """`channel`: to the relay; `sampler`: HOST:PORT; `path`: of the memory that gets the payload's pieces."""
         super().__init__(channel, PUSH_SECONDS, ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, path)))
-        self._copying = copying
+        self._pieces = pieces
 
     async def send(self, payload: bytes | memoryview) -> None:
-        """Has the payload sent that is in shared memory."""
-        await asyncio.shield(self._copying)
-        await self._write(relay.PAYLOAD)
+        """Has the payload sent that is in shared memory, each piece as soon as it is there."""
+        for start, end, copying in self._pieces:
+            await asyncio.shield(copying)
+            if not await self._write(relay.PIECE.pack(start, end)):
+                return  # the sampler has ended the call; the next step hears why
 
 
 class SharedPayload:
     """A payload on its way to memory that the relays read."""
 
-    def __init__(self, path: str, copying: asyncio.Task[None], relays: Iterator[grpc.aio.Channel]):
-        """`relays`: to take in turn, without end."""
-        self._path = path
-        self._copying = copying
+    def __init__(self, snapshot: Snapshot, buffer: StagingBuffer, relays: Iterator[grpc.aio.Channel]):
+        """Begins to copy it. `buffer`: of its size; `relays`: to take in turn, without end."""
+        self._buffer = buffer
         self._relays = relays
+        size = buffer.size_bytes
+        self._pieces = [
+            _Piece(start, end, asyncio.create_task(asyncio.to_thread(_copy, snapshot, buffer.view, start, end)))
+            for start in range(0, size, _PIECE_BYTES)
+            for end in [min(start + _PIECE_BYTES, size)]
+        ]
 
     def push(self, sampler: str) -> PushStream:
         """A new push to a sampler's HOST:PORT, for a transaction; close it in the end."""
-        return RelayedPush(next(self._relays), sampler, self._path, self._copying)
+        return RelayedPush(next(self._relays), sampler, self._buffer.path, self._pieces)
+
+    def close(self) -> None:
+        """Frees the memory, once nothing is copied any more: what has begun goes on when nobody wants it."""
+        copying = asyncio.gather(*(piece.copying for piece in self._pieces), return_exceptions=True)
+        copying.add_done_callback(lambda _: self._buffer.close())
 
 
 class Relays:
@@ -72,19 +94,18 @@ class Relays:
     async def shared(self, snapshot: Snapshot, num_samplers: int) -> AsyncIterator[SharedPayload | None]:
         """The snapshot's payload for so many samplers, until the block ends; None where one process does as well.
 
-        It is copied while the samplers answer BEGIN.
+        It is copied while the samplers answer BEGIN, and while what has been copied is sent.
         """
         size = snapshot.manifest.size_bytes
         running = await self._running(num_samplers) if size >= self._least_bytes else []
         if not running:
             yield None
             return
-        buffer = self._buffers.take(size)
-        copying = asyncio.create_task(asyncio.to_thread(_copy, snapshot, buffer.view))
+        payload = SharedPayload(snapshot, self._buffers.take(size), itertools.cycle(running))
         try:
-            yield SharedPayload(buffer.path, copying, itertools.cycle(running))
+            yield payload
         finally:
-            copying.add_done_callback(lambda _: buffer.close())  # a copy that has begun goes on when nobody wants it
+            payload.close()
 
     async def _running(self, num_samplers: int) -> list[grpc.aio.Channel]:
         """None from the first time on that they do not start: pushes need them only to be quick."""
@@ -143,6 +164,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-def _copy(snapshot: Snapshot, shared: memoryview) -> None:
-    """With all cores, and once the payload has arrived from a GPU."""
-    torch.frombuffer(shared, dtype=torch.uint8).copy_(torch.frombuffer(snapshot.payload, dtype=torch.uint8))
+def _copy(snapshot: Snapshot, shared: memoryview, start: int, end: int) -> None:
+    """Once the payload has arrived from a GPU. Pieces are copied side by side, and NumPy starts no threads for each."""
+    np.copyto(np.frombuffer(shared, np.uint8)[start:end], np.frombuffer(snapshot.payload, np.uint8)[start:end])
