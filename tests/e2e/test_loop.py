@@ -86,7 +86,7 @@ async def test_what_was_trained_is_what_is_sampled(trainer, sampler, run, tokeni
     sampled = (await sampler.compute_logprobs([tokens], adapter_id=run.adapter_id)).logprobs[0]
     of_base = (await sampler.compute_logprobs([tokens])).logprobs[0]
     assert np.abs(trained - sampled).mean() <= TOLERANCE
-    assert np.abs(trained - of_base).mean() > 10 * TOLERANCE
+    assert np.abs(trained - of_base).mean() > 2.5
 
 
 async def test_a_version_stays_what_it_was_and_unchanged_weights_move_no_bytes(sampler, run, tokenizer) -> None:

@@ -223,7 +223,7 @@ async def test_a_pushed_adapter_scores_like_peft(stub, base, tokenizer, smollm2,
     expected = logprobs(peft_model(smollm2, v1), prompt)
     assert (served_by.adapter_id, served_by.version, served_by.digest) == ("anna", 1, v1.manifest.digest)
     assert np.abs(ours - expected).mean() <= REFERENCE
-    assert np.abs(logprobs(base, prompt) - expected).mean() > 2 * REFERENCE
+    assert np.abs(logprobs(base, prompt) - expected).mean() > 0.4
 
 
 async def test_two_versions_coexist_and_responses_say_which(stub, tokenizer, smollm2, v1, v2):
@@ -894,7 +894,7 @@ async def test_sigterm_lets_running_calls_finish_and_leaves_no_process(tiny_mode
             call = aiter(stub.Generate(sampler_pb2.GenerateRequest(**sampled(n=4, seed=1, max_tokens=200))))
             first = await anext(call)
             started = family(sampler.process)
-            assert started
+            assert "VLLM::EngineCore" in [process.name() for process in started]
             sampler.process.terminate()
             finished = [response.finish_reason async for response in call if response.finish_reason]
             assert len(finished) + bool(first.finish_reason) == 4

@@ -35,10 +35,10 @@ _channel_to = functools.cache(channels.to_sampler)
 async def _relayed(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
     """Every frame but the payload's has one answer. The call ends as the sampler's does."""
     wanted = {key: str(value) for key, value in context.invocation_metadata() or ()}
+    payload = _mapped(Path(wanted[PAYLOAD_KEY]))
     method: Any = _channel_to(wanted[SAMPLER_KEY]).stream_stream(push.METHOD)  # its stub asks for serializers
     call = method(timeout=context.time_remaining())
     status = CallStatus(call)
-    payload = _mapped(Path(wanted[PAYLOAD_KEY]))
     try:
         async for frame in frames:
             if frame.startswith(b"\0"):

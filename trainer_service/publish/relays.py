@@ -31,7 +31,7 @@ _START_SECONDS = 30.0
 
 
 class _Piece(NamedTuple):
-    """Of a payload, from byte `start` to `end`; in shared memory when `copying` has ended."""
+    """Of a payload, from byte `start` to `end` or the payload's; in shared memory when `copying` has ended."""
 
     start: int
     end: int
@@ -63,12 +63,7 @@ class SharedPayload:
         """Begins to copy it. `buffer`: of its size; `relays`: to take in turn, without end."""
         self._buffer = buffer
         self._relays = relays
-        size = buffer.size_bytes
-        self._pieces = [
-            _Piece(start, end, asyncio.create_task(asyncio.to_thread(_copy, snapshot, buffer.view, start, end)))
-            for start in range(0, size, _PIECE_BYTES)
-            for end in [min(start + _PIECE_BYTES, size)]
-        ]
+        self._pieces = [self._piece(snapshot, start) for start in range(0, buffer.size_bytes, _PIECE_BYTES)]
 
     def push(self, sampler: str) -> PushStream:
         """A new push to a sampler's HOST:PORT, for a transaction; close it in the end."""
@@ -78,6 +73,11 @@ class SharedPayload:
         """Frees the memory, once nothing is copied any more: what has begun goes on when nobody wants it."""
         copying = asyncio.gather(*(piece.copying for piece in self._pieces), return_exceptions=True)
         copying.add_done_callback(lambda _: self._buffer.close())
+
+    def _piece(self, snapshot: Snapshot, start: int) -> _Piece:
+        end = start + _PIECE_BYTES
+        copying = asyncio.to_thread(_copy, snapshot, self._buffer.view, start, end)
+        return _Piece(start, end, asyncio.create_task(copying))
 
 
 class Relays:
