@@ -507,7 +507,8 @@ async def batch(stub, *requests: sampler_pb2.GenerateRequest) -> list[sampler_pb
     return [response async for response in call]
 
 
-async def test_a_batch_gives_what_single_requests_give(stub, v1, v2):
+async def test_a_batch_gives_what_single_requests_give(stub, tokenizer, v1, v2):
+    prompt = tokenizer.encode(STORY)
     askers = [("", 0, 12), ("anna", 1, 12), ("anna", 0, 3)]
     params = {"temperature": 0, "logprobs": 1, "n": 2, "prompt_logprobs": 0}
     results = await batch(
@@ -527,11 +528,13 @@ async def test_a_batch_gives_what_single_requests_give(stub, v1, v2):
         adapter_id, version, max_tokens = askers[result.index]
         alone = await generate(stub, adapter_id, version, max_tokens=max_tokens, **params)
         assert result.prompt_tokens == len(result.prompt_logprobs) + 1
-        for completion, (served_by, ids, text, positions, finish) in zip(result.completions, alone, strict=True):
-            assert result.served_by == served_by
-            assert (list(completion.tokens), completion.text, completion.finish_reason) == (ids, text, finish)
-            assert [position.logprob for position in completion.logprobs] == pytest.approx(
-                [position.logprob for position in positions], abs=ROUNDING
+        for completion, (served_by, ids, _, positions, finish) in zip(result.completions, alone, strict=True):
+            assert (result.served_by, completion.finish_reason) == (served_by, finish)
+            assert completion.text == tokenizer.decode(completion.tokens)
+            await assert_greedy_alike(stub, prompt, completion.tokens, ids, adapter_id, version)
+            same = slice(device.first_difference(completion.tokens, ids))
+            assert [position.logprob for position in completion.logprobs[same]] == pytest.approx(
+                [position.logprob for position in positions[same]], abs=ROUNDING
             )
     assert sorted(result.index for result in results) == [0, 1, 2]
     assert await active(stub) == (0, 0)
