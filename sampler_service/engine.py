@@ -105,6 +105,8 @@ class Engine:
                 model=str(checkpoint.folder),
                 dtype=config.dtype,
                 tensor_parallel_size=config.tensor_parallel,
+                # As the trainer's are: logits that each of them rounds for itself set the two apart.
+                hf_overrides={"head_dtype": "float32"},
                 max_model_len=config.max_model_len,
                 skip_tokenizer_init=not has_tokenizer,
                 enable_prefix_caching=True,

@@ -390,6 +390,13 @@ async def test_logprobs_are_the_models_own_at_any_temperature(stub, v1):
     assert none == []
 
 
+async def test_logits_are_not_rounded_to_a_16_bit_dtype(stub):
+    """Nearly all of the likeliest tokens' are above 4, where bfloat16 has multiples of 1/32."""
+    ((_, _, _, positions, _),) = await generate(stub, temperature=0, max_tokens=4, logprobs=5)
+    steps = np.diff([[entry.logprob for entry in position.top] for position in positions]) * 32
+    assert (np.abs(steps - steps.round()) > 1e-2).mean() > 0.5
+
+
 async def test_a_seed_repeats_all_completions(stub):
     first = await generate(stub, n=2, seed=7, max_tokens=12)
     second = await generate(stub, n=2, seed=7, max_tokens=12)

@@ -53,6 +53,8 @@ class BaseModel:
         attention = self._model.decoder.layers[0].self_attention
         self._rotary = PackedRotary(self._model.rotary_pos_emb, attention._yarn_concentration_factor)
         self._model.rotary_pos_emb = self._rotary
+        if place.pipeline.is_last:
+            logprobs.keep_logits_in_float32(self._model.output_layer)
         if recompute_activations:
             layers.recompute(self._model, self._routing)
         self._graphs = None
@@ -95,7 +97,7 @@ class BaseModel:
                 self._send(torch.zeros_like(received) if gradient is None else gradient, self._place.pipeline.previous)
 
     def logits(self, sequences: Sequence[PackedSequence]) -> torch.Tensor:
-        """[T, V] in the model's dtype, for comparing models; training never makes them all. One stage only."""
+        """Float32 [T, V], for comparing models; training never makes them all. One stage only."""
         return self._forward(sequences, None, _logits)[: sum(len(sequence.tokens) for sequence in sequences)]
 
     def _forward(self, sequences, received, output_processor):
