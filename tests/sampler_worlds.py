@@ -55,14 +55,14 @@ def tiny_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint("model", folder)
 
 
-def snapshot(checkpoint: Checkpoint, content: int) -> Snapshot:
-    """Weights of an adapter, all of them this number."""
+def snapshot(checkpoint: Checkpoint, content: int, step: int = 0) -> Snapshot:
+    """Weights of an adapter, all of them this number, after so many steps."""
     lora = common_pb2.LoraConfig(rank=2, alpha=4, target_modules=["q_proj"])
     shapes = tensor_shapes(checkpoint, lora)
     manifest = payload.build_manifest(lora, shapes, common_pb2.DATA_TYPE_FLOAT32, checkpoint.fingerprint)
     data = bytearray(np.full(manifest.size_bytes // 4, content, np.float32))
     manifest.digest = payload.digest(manifest, data)
-    return Snapshot(manifest, memoryview(data))
+    return Snapshot(manifest, memoryview(data), step)
 
 
 def scores(content: float, sequences) -> list[np.ndarray]:

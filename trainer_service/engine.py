@@ -263,6 +263,10 @@ class Engine:
         self._residency.remove(self._adapter(adapter_id).arena)
         del self._adapters[adapter_id]
 
+    def info(self, adapter_id: str) -> AdapterInfo:
+        """Of one adapter. NOT_FOUND."""
+        return self._info(self._adapter(adapter_id))
+
     def list_adapters(self) -> list[AdapterInfo]:
         """All adapters in order of creation."""
         return [self._info(adapter) for adapter in self._adapters.values()]
@@ -411,9 +415,9 @@ class Engine:
         return math.sqrt(square) if torch.isfinite(square) else float(square)
 
     def _gather(self, arena: Arena, buffer: torch.Tensor) -> torch.Tensor:
-        """One of the arena's buffers, whole and in payload order: float32 [num_parameters], on all ranks.
+        """One of the arena's buffers, or a copy of it in another dtype, whole and in payload order, on all ranks.
 
-        It may be the buffer itself.
+        [num_parameters]. It may be the buffer itself.
         """
         whole = arena.whole(buffer)
         if self._place.model.size > 1:
@@ -428,10 +432,10 @@ class Engine:
         stage: Callable[[torch.Tensor], None] | None = None,
     ) -> Snapshot:
         manifest = adapter.manifest(dtype, self._loaded()[0].fingerprint)
-        content = self._gather(adapter.arena, buffer).to(TORCH_DTYPES[dtype], copy=True)
+        content = self._gather(adapter.arena, buffer.to(TORCH_DTYPES[dtype], copy=True))
         if stage:
             stage(content)
-        return snapshot.take(manifest, content)
+        return snapshot.take(manifest, content, adapter.step)
 
     def _info(self, adapter: Adapter) -> AdapterInfo:
         return AdapterInfo(

@@ -55,6 +55,7 @@ _DRAIN_SECONDS = 8.0  # after the calls that have a caller; torchrun kills 30 s 
 class _Entry:
     """What the trainer keeps about an adapter beside the engine's part."""
 
+    num_parameters: int
     turns: Turns
     answers: Answers = field(default_factory=Answers)
 
@@ -252,21 +253,20 @@ class Trainer:
         Training goes on while the tensors travel. Syncs of one adapter follow each other.
         """
         publisher = self._publisher()
-        self._entry(adapter_id)
+        num_parameters = self._entry(adapter_id).num_parameters
         dtype = await publisher.data_type()
-        info = await self._info(adapter_id)
-        async with publisher.staged(info.num_parameters * dtype_size(dtype), transport) as staged:
+        async with publisher.staged(num_parameters * dtype_size(dtype), transport) as staged:
             snapshot = await self._commands.run(Engine.snapshot, adapter_id, dtype, staged.fill if staged else None)
             probe = await self._probe(adapter_id, verify) if verify else None
             turn.pass_on()
-            return await publisher.publish(adapter_id, snapshot, info.step, probe, staged, transport)
+            return await publisher.publish(adapter_id, snapshot, probe, staged, transport)
 
     async def verify(self, adapter_id: str, verify: Verification) -> tuple[Served, int, list[Comparison]]:
         """Compares the adapter as it is with what the samplers serve; see Publisher.compare. Inside the turn."""
         publisher = self._publisher()
         self._entry(adapter_id)
         probe = await self._probe(adapter_id, verify)
-        return await publisher.compare(adapter_id, (await self._info(adapter_id)).step, probe)
+        return await publisher.compare(adapter_id, (await self._commands.run(Engine.info, adapter_id)).step, probe)
 
     async def save_checkpoint(self, adapter_id: str, name: str, ttl_seconds: float, turn: Turn) -> CheckpointInfo:
         """Writes the adapter as it is at its turn, and passes the turn on as soon as the tensors are copied."""
@@ -276,7 +276,7 @@ class Trainer:
             self._commands.run(Engine.tensors, adapter_id),
             self._commands.run(Engine.optimizer_state, adapter_id, tensors=False),
         )
-        info = await self._info(adapter_id)
+        info = await self._commands.run(Engine.info, adapter_id)
         state = AdapterState(
             adapter_id=adapter_id,
             config=info.config,
@@ -331,10 +331,11 @@ class Trainer:
                 log.warning("adapter_not_restored", adapter_id=adapter_id, damaged=state is None)
                 continue
             tensors, step, last_adam = _resumed(state, fresh_optimizer=False)
-            await self._commands.run(
+            info = await self._commands.run(
                 Engine.create_adapter, adapter_id, state.config, state.seed, tensors, step, last_adam
             )
             self._entries[adapter_id] = _Entry(
+                info.num_parameters,
                 Turns(adapter_id, next_seq_id=state.seq_id + 1, restored_step=step),
                 Answers(state.replies),
             )
@@ -370,7 +371,7 @@ class Trainer:
         step: int = 0,
         last_adam: AdamParams | None = None,
     ) -> AdapterStatus:
-        current = await self._info(adapter_id)
+        current = await self._commands.run(Engine.info, adapter_id)
         for name in tensors.weights:
             path = lora.path_of(name)
             ours, theirs = lora.module_scale(current.config, path), lora.module_scale(config, path)
@@ -384,16 +385,11 @@ class Trainer:
         return self._status(await self._commands.run(Engine.replace_weights, adapter_id, tensors, step, last_adam))
 
     def _enter(self, info: AdapterInfo) -> AdapterStatus:
-        self._entries[info.adapter_id] = _Entry(Turns(info.adapter_id))
+        self._entries[info.adapter_id] = _Entry(info.num_parameters, Turns(info.adapter_id))
         if self.publisher is not None:
             self.publisher.manage(info.adapter_id, self._store.published(info.adapter_id) if self._store else 0)
         self._metrics.adapters.set(len(self._entries))
         return self._status(info)
-
-    async def _info(self, adapter_id: str) -> AdapterInfo:
-        """Of an adapter with an operation under way: the engine has it even if it is being removed."""
-        adapters = await self._commands.run(Engine.list_adapters)
-        return next(info for info in adapters if info.adapter_id == adapter_id)
 
     def _entry(self, adapter_id: str) -> _Entry:
         try:

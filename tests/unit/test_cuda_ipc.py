@@ -51,7 +51,7 @@ async def publish(publisher, content, transport=Transport.UNSPECIFIED, adapter_i
     async with publisher.staged(content.manifest.size_bytes, transport) as staged:
         if staged and staged.fill:
             staged.fill(torch.frombuffer(bytearray(content.payload), dtype=torch.float32))
-        return await publisher.publish(adapter_id, content, 1, None, staged, transport)
+        return await publisher.publish(adapter_id, content, None, staged, transport)
 
 
 async def test_a_sampler_on_the_same_host_reads_the_memory_and_opens_it_once(checkpoint):

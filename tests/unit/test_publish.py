@@ -47,12 +47,12 @@ def refused(reason):
 async def test_a_version_reaches_every_sampler_and_the_same_weights_travel_once(samplers, checkpoint):
     reserved = []
     async with publishing(samplers, reserved=reserved) as publisher:
-        first = await publisher.publish("a", snapshot(checkpoint, 1), 3)
+        first = await publisher.publish("a", snapshot(checkpoint, 1))
         assert (first.version, states(first)) == (1, [ReplicaState.COMMITTED] * 2)
         assert first.sent_bytes == 2 * len(snapshot(checkpoint, 1).payload)
-        again = await publisher.publish("a", snapshot(checkpoint, 1), 3)
+        again = await publisher.publish("a", snapshot(checkpoint, 1))
         assert (again.version, again.sent_bytes, states(again)) == (1, 0, [ReplicaState.ALREADY_LIVE] * 2)
-        assert (await publisher.publish("a", snapshot(checkpoint, 2), 4)).version == 2
+        assert (await publisher.publish("a", snapshot(checkpoint, 2))).version == 2
         assert publisher.version("a") == 2
     assert [world.live() for world in samplers] == [{1: 1.0, 2: 2.0}] * 2
     assert reserved == [("a", 1), ("a", 2)]
@@ -60,10 +60,10 @@ async def test_a_version_reaches_every_sampler_and_the_same_weights_travel_once(
 
 async def test_when_one_sampler_refuses_none_changes_and_the_error_names_it(samplers, checkpoint):
     async with publishing(samplers) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
         samplers[1].engine.refusal = errors.invalid_argument("TENSOR_NOT_FINITE", "a NaN", tensor="t")
         with pytest.raises(ServiceError) as refusal:
-            await publisher.publish("a", snapshot(checkpoint, 2), 1)
+            await publisher.publish("a", snapshot(checkpoint, 2))
         assert (refusal.value.code, refusal.value.reason) == (Code.INVALID_ARGUMENT, "TENSOR_NOT_FINITE")
         assert refusal.value.metadata == {"tensor": "t", "samplers": samplers[1].address}
         assert "1 of 2" in refusal.value.message
@@ -71,16 +71,16 @@ async def test_when_one_sampler_refuses_none_changes_and_the_error_names_it(samp
         assert [world.live() for world in samplers] == [{1: 1.0}] * 2
         await until(lambda: [len(world.engine.installed) for world in samplers] == [1, 1])
         samplers[1].engine.refusal = None
-        assert (await publisher.publish("a", snapshot(checkpoint, 3), 2)).version == 3  # 2 may have been seen
+        assert (await publisher.publish("a", snapshot(checkpoint, 3))).version == 3  # 2 may have been seen
     assert [world.live() for world in samplers] == [{1: 1.0, 3: 3.0}] * 2
 
 
 async def test_a_sampler_that_dies_before_all_are_ready_changes_nothing(samplers, checkpoint):
     async with publishing(samplers) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
         samplers[1].engine.go.clear()
         samplers[1].engine.installing.clear()
-        push = asyncio.create_task(publisher.publish("a", snapshot(checkpoint, 2), 1))
+        push = asyncio.create_task(publisher.publish("a", snapshot(checkpoint, 2)))
         await samplers[1].engine.installing.wait()
         await samplers[1].stop()
         with pytest.raises(ServiceError) as refusal:
@@ -89,7 +89,7 @@ async def test_a_sampler_that_dies_before_all_are_ready_changes_nothing(samplers
         assert refusal.value.metadata["samplers"] == samplers[1].address
         assert samplers[0].live() == {1: 1.0}
         samplers[1].engine.go.set()
-        publication = await publisher.publish("a", snapshot(checkpoint, 2), 1)
+        publication = await publisher.publish("a", snapshot(checkpoint, 2))
         assert sorted(state.name for state in states(publication)) == ["COMMITTED", "DOWN"]
         assert samplers[0].live() == {1: 1.0, publication.version: 2.0}
         await samplers[1].start()
@@ -98,13 +98,13 @@ async def test_a_sampler_that_dies_before_all_are_ready_changes_nothing(samplers
 async def test_a_sampler_that_was_down_is_brought_up_to_date_before_it_is_told_so(samplers, checkpoint):
     async with publishing(samplers) as publisher:
         await until(lambda: all(world.sampler.current.is_set() for world in samplers))
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
         await samplers[1].stop()
-        publication = await publisher.publish("a", snapshot(checkpoint, 2), 1)
+        publication = await publisher.publish("a", snapshot(checkpoint, 2))
         (down,) = [outcome for outcome in publication.replicas if outcome.state is ReplicaState.DOWN]
         assert (down.address, down.sent_bytes) == (samplers[1].address, 0)
         assert down.error
-        await publisher.publish("b", snapshot(checkpoint, 7), 0)
+        await publisher.publish("b", snapshot(checkpoint, 7))
         await samplers[1].start()
         samplers[1].engine.go.clear()
         await asyncio.wait_for(samplers[1].engine.installing.wait(), 20)
@@ -123,28 +123,28 @@ async def test_without_any_sampler_nothing_is_published(checkpoint):
     with refused("SAMPLER_UNREACHABLE"):
         await publisher.data_type()
     with refused("SAMPLER_UNREACHABLE"):
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
     await publisher.close()
 
 
 async def test_a_new_trainer_goes_on_with_the_versions_and_hands_them_on(samplers, checkpoint):
     async with publishing(samplers[:1]) as publisher:
         for content in (1, 2, 3):
-            await publisher.publish("a", snapshot(checkpoint, content), 0)
+            await publisher.publish("a", snapshot(checkpoint, content))
     # The second sampler is new, and this publisher has never seen the weights of version 3.
     async with publishing(samplers) as publisher:
         await until(lambda: all(world.sampler.current.is_set() for world in samplers))
         assert samplers[1].live() == {3: 3.0}
         assert publisher.version("a") == 3
-        same = await publisher.publish("a", snapshot(checkpoint, 3), 0)
+        same = await publisher.publish("a", snapshot(checkpoint, 3))
         assert (same.version, same.sent_bytes) == (3, 0)
-        assert (await publisher.publish("a", snapshot(checkpoint, 4), 0)).version == 4
+        assert (await publisher.publish("a", snapshot(checkpoint, 4))).version == 4
 
 
 async def test_version_numbers_outlive_trainer_and_samplers(samplers, checkpoint):
     async with publishing(samplers, used=9) as publisher:
         assert publisher.version("a") == 9
-        assert (await publisher.publish("a", snapshot(checkpoint, 1), 0)).version == 10
+        assert (await publisher.publish("a", snapshot(checkpoint, 1))).version == 10
 
 
 async def test_samplers_that_differ_come_together(samplers, checkpoint):
@@ -152,7 +152,7 @@ async def test_samplers_that_differ_come_together(samplers, checkpoint):
     for worlds, content in ((samplers, 1), (samplers[:1], 2)):
         async with publishing(worlds) as publisher:
             await until(lambda: all(world.sampler.current.is_set() for world in worlds))  # noqa: B023
-            await publisher.publish("a", snapshot(checkpoint, content), 0)
+            await publisher.publish("a", snapshot(checkpoint, content))
     assert [max(world.live()) for world in samplers] == [2, 1]
     async with publishing(samplers):
         await until(lambda: max(samplers[1].live()) == 2)
@@ -162,11 +162,11 @@ async def test_samplers_that_differ_come_together(samplers, checkpoint):
 async def test_a_number_that_a_sampler_has_used_is_passed_over_everywhere(samplers, checkpoint):
     async with publishing(samplers[1:]) as publisher:
         for content in (1, 2):
-            await publisher.publish("a", snapshot(checkpoint, content), 0)
+            await publisher.publish("a", snapshot(checkpoint, content))
     publisher = Publisher(Discovery([world.address for world in samplers]), _no_reserve, Metrics(), Relays(0))
     publisher.manage("a")
     await publisher._look_up()  # and never looks at what they have
-    assert (await publisher.publish("a", snapshot(checkpoint, 3), 0)).version == 3
+    assert (await publisher.publish("a", snapshot(checkpoint, 3))).version == 3
     assert [world.live()[3] for world in samplers] == [3.0, 3.0]
     await publisher.close()
 
@@ -174,17 +174,17 @@ async def test_a_number_that_a_sampler_has_used_is_passed_over_everywhere(sample
 async def test_verification_refuses_what_a_sampler_computes_differently(samplers, checkpoint):
     probe = Probe(SEQUENCES, scores(2.0, SEQUENCES))
     async with publishing(samplers) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
         samplers[1].engine.off_by = 0.5
         with pytest.raises(ServiceError) as refusal:
-            await publisher.publish("a", snapshot(checkpoint, 2), 1, probe)
+            await publisher.publish("a", snapshot(checkpoint, 2), probe)
         assert (refusal.value.code, refusal.value.reason) == (Code.FAILED_PRECONDITION, "SAMPLER_DISAGREES")
         assert refusal.value.metadata["samplers"] == samplers[1].address
         assert float(refusal.value.metadata["mean_difference"]) == 0.5
         await until(lambda: [len(world.engine.installed) for world in samplers] == [1, 1])
         assert [world.live() for world in samplers] == [{1: 1.0}] * 2
         samplers[1].engine.off_by = 0.005
-        published = await publisher.publish("a", snapshot(checkpoint, 2), 1, probe)
+        published = await publisher.publish("a", snapshot(checkpoint, 2), probe)
         means = {outcome.address: outcome.difference.mean for outcome in published.replicas}
         assert means[samplers[0].address] == 0.0
         assert means[samplers[1].address] == pytest.approx(0.005, rel=1e-3)
@@ -196,14 +196,14 @@ async def test_verification_refuses_what_a_sampler_computes_differently(samplers
 async def test_a_number_that_is_none_does_not_agree(samplers, checkpoint):
     async with publishing(samplers) as publisher:
         with refused("SAMPLER_DISAGREES"):
-            await publisher.publish("a", snapshot(checkpoint, 2), 1, Probe(SEQUENCES, scores(float("nan"), SEQUENCES)))
+            await publisher.publish("a", snapshot(checkpoint, 2), Probe(SEQUENCES, scores(float("nan"), SEQUENCES)))
 
 
 async def test_comparing_says_how_far_training_has_gone_since(samplers, checkpoint):
     async with publishing(samplers) as publisher:
         with refused("NOT_PUBLISHED"):
             await publisher.compare("a", 0, Probe(SEQUENCES, scores(1.0, SEQUENCES)))
-        await publisher.publish("a", snapshot(checkpoint, 1), 5)
+        await publisher.publish("a", snapshot(checkpoint, 1, step=5))
         await samplers[1].stop()
         current, steps, comparisons = await publisher.compare("a", 8, Probe(SEQUENCES, scores(1.25, SEQUENCES)))
         assert (current.version, steps) == (1, 3)
@@ -220,7 +220,7 @@ async def test_adapters_are_pushed_beside_each_other(samplers, checkpoint):
         for world in samplers:
             world.engine.go.clear()
         pushes = [
-            asyncio.create_task(publisher.publish(name, snapshot(checkpoint, content), 0))
+            asyncio.create_task(publisher.publish(name, snapshot(checkpoint, content)))
             for name, content in (("a", 1), ("b", 2), ("a", 3))
         ]
         await until(lambda: len(samplers[0].sampler.pushes._open) == 2)
@@ -232,7 +232,7 @@ async def test_adapters_are_pushed_beside_each_other(samplers, checkpoint):
 
 async def test_a_removed_adapter_is_not_looked_after(samplers, checkpoint):
     async with publishing(samplers) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
         publisher.forget("a")
         await samplers[1].stop()
         await samplers[1].start()
@@ -240,7 +240,7 @@ async def test_a_removed_adapter_is_not_looked_after(samplers, checkpoint):
         assert samplers[1].live() == {}
         assert samplers[0].live() == {1: 1.0}
         with refused("ADAPTER_NOT_FOUND"):
-            await publisher.publish("a", snapshot(checkpoint, 2), 0)
+            await publisher.publish("a", snapshot(checkpoint, 2))
 
 
 async def test_samplers_are_found_by_name_and_bad_targets_refused():

@@ -50,12 +50,12 @@ async def samplers(checkpoint):
 
 async def test_a_version_reaches_more_samplers_than_there_are_relays(samplers, checkpoint, relays):
     async with publishing(samplers, relays=relays) as publisher:
-        first = await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        first = await publisher.publish("a", snapshot(checkpoint, 1))
         assert [outcome.state for outcome in first.replicas] == [ReplicaState.COMMITTED] * 3
-        again = await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        again = await publisher.publish("a", snapshot(checkpoint, 1))
         assert (again.version, again.sent_bytes) == (1, 0)
         both = await asyncio.gather(
-            publisher.publish("a", snapshot(checkpoint, 2), 1), publisher.publish("b", snapshot(checkpoint, 3), 1)
+            publisher.publish("a", snapshot(checkpoint, 2)), publisher.publish("b", snapshot(checkpoint, 3))
         )
         assert [publication.version for publication in both] == [2, 1]
     assert [(world.live("a"), world.live("b")) for world in samplers] == [({1: 1.0, 2: 2.0}, {1: 3.0})] * 3
@@ -64,7 +64,7 @@ async def test_a_version_reaches_more_samplers_than_there_are_relays(samplers, c
 async def test_one_sampler_needs_no_relay(samplers, checkpoint):
     relays = Relays(2, least_bytes=1)
     async with publishing(samplers[:1], relays=relays) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
     assert [relay._process for relay in relays._relays] == [None, None]
 
 
@@ -73,7 +73,7 @@ async def test_without_relays_a_version_goes_out_all_the_same(samplers, checkpoi
     monkeypatch.setattr(relays_module.sys, "executable", "/bin/false")
     async with publishing(samplers, relays=Relays(2, least_bytes=1)) as publisher:
         for content in (1, 2):
-            published = await publisher.publish("a", snapshot(checkpoint, content), 0)
+            published = await publisher.publish("a", snapshot(checkpoint, content))
             assert [outcome.state for outcome in published.replicas] == [ReplicaState.COMMITTED] * 3
 
 
@@ -81,28 +81,28 @@ async def test_a_refusal_arrives_with_its_reason_and_leaves_nothing(samplers, ch
     async with publishing(samplers, relays=relays) as publisher:
         samplers[1].engine.refusal = errors.invalid_argument("TENSOR_NOT_FINITE", "a NaN", tensor="t")
         with pytest.raises(ServiceError) as refusal:
-            await publisher.publish("a", snapshot(checkpoint, 2), 1)
+            await publisher.publish("a", snapshot(checkpoint, 2))
         assert (refusal.value.code, refusal.value.reason) == (Code.INVALID_ARGUMENT, "TENSOR_NOT_FINITE")
         assert refusal.value.metadata == {"tensor": "t", "samplers": samplers[1].address}
         await until(lambda: not any(world.engine.installed for world in samplers))
         samplers[1].engine.refusal = None
-        await publisher.publish("a", snapshot(checkpoint, 3), 2)
+        await publisher.publish("a", snapshot(checkpoint, 3))
     assert [list(world.live().values()) for world in samplers] == [[3.0]] * 3
 
 
 async def test_numbers_that_samplers_have_used_are_passed_over(samplers, checkpoint, relays):
     async with publishing(samplers[2:]) as publisher:
         for content in (1, 2):
-            await publisher.publish("a", snapshot(checkpoint, content), 0)
+            await publisher.publish("a", snapshot(checkpoint, content))
     async with publishing(samplers, relays=relays) as publisher:
-        assert (await publisher.publish("a", snapshot(checkpoint, 3), 0)).version == 3
+        assert (await publisher.publish("a", snapshot(checkpoint, 3))).version == 3
     assert [world.live()[3] for world in samplers] == [3.0] * 3
 
 
 async def test_a_sampler_that_is_down_is_left_out(samplers, checkpoint, relays):
     async with publishing(samplers, relays=relays) as publisher:
         await samplers[1].stop()
-        publication = await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        publication = await publisher.publish("a", snapshot(checkpoint, 1))
         states = {outcome.address: outcome.state for outcome in publication.replicas}
         assert states[samplers[1].address] is ReplicaState.DOWN
         assert list(states.values()).count(ReplicaState.COMMITTED) == 2
@@ -113,24 +113,24 @@ async def test_a_push_that_is_given_up_leaves_nothing(samplers, checkpoint, rela
     async with publishing(samplers, relays=relays) as publisher:
         samplers[1].engine.go.clear()
         samplers[1].engine.installing.clear()
-        push = asyncio.create_task(publisher.publish("a", snapshot(checkpoint, 1), 0))
+        push = asyncio.create_task(publisher.publish("a", snapshot(checkpoint, 1)))
         await samplers[1].engine.installing.wait()
         push.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await push
         samplers[1].engine.go.set()
         await until(lambda: not any(world.engine.installed for world in samplers))
-        assert (await publisher.publish("a", snapshot(checkpoint, 2), 0)).version >= 1
+        assert (await publisher.publish("a", snapshot(checkpoint, 2))).version >= 1
     assert [list(world.live().values()) for world in samplers] == [[2.0]] * 3
 
 
 async def test_a_relay_that_is_killed_is_started_again(samplers, checkpoint, relays):
     async with publishing(samplers, relays=relays) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1), 0)
+        await publisher.publish("a", snapshot(checkpoint, 1))
         process = relays._relays[0]._process
         process.send_signal(signal.SIGKILL)
         await process.wait()
-        publication = await publisher.publish("a", snapshot(checkpoint, 2), 1)
+        publication = await publisher.publish("a", snapshot(checkpoint, 2))
         assert [outcome.state for outcome in publication.replicas] == [ReplicaState.COMMITTED] * 3
         assert relays._relays[0]._process.pid != process.pid
     assert [world.live() for world in samplers] == [{1: 1.0, 2: 2.0}] * 3

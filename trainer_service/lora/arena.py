@@ -8,6 +8,7 @@ that they share by input features (o, down) its columns of A and all of B. So an
 and what is sent between ranks is as narrow as the adapter's rank.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
@@ -100,7 +101,7 @@ class Arena:
         """
         return list(self._shapes)
 
-    @property
+    @functools.cached_property
     def num_parameters(self) -> int:
         """Elements of all tensors of the adapter, on whatever rank."""
         return sum(math.prod(shape) for shape in self._shapes.values())
@@ -135,21 +136,23 @@ class Arena:
         return buffer if self._shard.index == 0 else buffer[: self._size - self._num_copies]
 
     def whole(self, buffer: torch.Tensor) -> torch.Tensor:
-        """float32 [num_parameters] in payload order, on the buffer's device: what `own` has, and zeros elsewhere.
+        """[num_parameters] in payload order, on the buffer's device: what `own` has, and zeros elsewhere.
 
-        The sum over the ranks that hold the model together is the whole adapter. A rank that has all of it returns
-        the buffer itself.
+        `buffer`: one of the four, or a copy in another dtype. The sum over the ranks that hold the model together is
+        the whole adapter. A rank that has all of it returns the buffer itself.
         """
         if self._size == self.num_parameters:
             return buffer
         flat = buffer.new_zeros(self.num_parameters)
+        # Strides by hand, as slicing would take this five times as long.
         offset = 0
-        for name, shape in self._shapes.items():
-            end = offset + math.prod(shape)
+        for name, (rows, columns) in self._shapes.items():
             place = self._places.get(name)
             if place and (self._shard.index == 0 or place.offset < self._size - self._num_copies):
-                flat[offset:end].view(shape)[place.part] = self.view(buffer, name)
-            offset = end
+                first_row, first_column = (axis.start for axis in place.part)
+                to = flat.as_strided(place.shape, (columns, 1), offset + first_row * columns + first_column)
+                to.copy_(buffer.as_strided(place.shape, (place.shape[1], 1), place.offset))
+            offset += rows * columns
         return flat
 
     def load(self, buffer: torch.Tensor, tensors: Mapping[str, np.ndarray]) -> None:

@@ -70,12 +70,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Current:
-    """A current version. `snapshot` and `step` are None when it was found on a sampler."""
+    """A current version. `snapshot` is None when it was found on a sampler."""
 
     version: int
     digest: str
     snapshot: Snapshot | None = None
-    step: int | None = None
 
 
 @dataclass
@@ -183,12 +182,11 @@ class Publisher:
         self,
         adapter_id: str,
         snapshot: Snapshot,
-        step: int,
         probe: Probe | None = None,
         staged: "Staged | None" = None,
         transport: Transport = Transport.UNSPECIFIED,
     ) -> Publication:
-        """Makes the snapshot of an adapter after so many steps its current version on all samplers that are there.
+        """Makes the snapshot of an adapter its current version on all samplers that are there.
 
         `staged`: what `staged` gave, filled with the snapshot. Publications of one adapter follow each other in the
         order of the calls. ServiceError when nothing was published; see Transaction.
@@ -203,7 +201,7 @@ class Publisher:
             async with self._relays.shared(snapshot, num_over_grpc) as shared:
                 transaction = Transaction(adapter_id, snapshot, replicas, probe, staged, transport, shared)
                 version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
-            adapter.current = _Current(version, digest, snapshot, step)
+            adapter.current = _Current(version, digest, snapshot)
         for outcome in outcomes:
             if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
                 self._replicas[outcome.address].current_instance = ""
@@ -240,7 +238,8 @@ class Publisher:
         differences = [comparison.difference.mean for comparison in comparisons if comparison.difference]
         if differences:
             self._metrics.drift.labels(adapter_id).set(max(differences))
-        steps_since = 0 if current.step is None else step - current.step
+        published = current.snapshot.step if current.snapshot else None
+        steps_since = 0 if published is None else step - published
         return Served(current.version, current.digest), steps_since, list(comparisons)
 
     async def close(self) -> None:
