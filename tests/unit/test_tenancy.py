@@ -56,6 +56,9 @@ class NotingExecutor:
     def _remove_adapter(self, adapter_id) -> None:
         del self.adapters[adapter_id]
 
+    def _info(self, adapter_id) -> AdapterInfo:
+        return self.adapters[adapter_id]
+
     def _list_adapters(self) -> list[AdapterInfo]:
         return list(self.adapters.values())
 
