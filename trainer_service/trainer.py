@@ -55,7 +55,7 @@ _DRAIN_SECONDS = 8.0  # after the calls that have a caller; torchrun kills 30 s 
 class _Entry:
     """What the trainer keeps about an adapter beside the engine's part."""
 
-    num_parameters: int
+    num_parameters: int  # the engine's too, which would answer only when the pass that is running has ended
     turns: Turns
     answers: Answers = field(default_factory=Answers)
 
@@ -272,11 +272,11 @@ class Trainer:
         """Writes the adapter as it is at its turn, and passes the turn on as soon as the tensors are copied."""
         store, entry = self._checkpoint_store(), self._entry(adapter_id)
         found = self._base_model()
-        tensors, optimizer = await asyncio.gather(
+        tensors, optimizer, info = await asyncio.gather(
             self._commands.run(Engine.tensors, adapter_id),
             self._commands.run(Engine.optimizer_state, adapter_id, tensors=False),
+            self._commands.run(Engine.info, adapter_id),
         )
-        info = await self._commands.run(Engine.info, adapter_id)
         state = AdapterState(
             adapter_id=adapter_id,
             config=info.config,

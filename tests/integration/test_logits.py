@@ -37,7 +37,7 @@ def test_a_product_with_the_output_weight(dtype: torch.dtype) -> None:
     assert (hidden.grad - exact.grad).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * exact.grad.norm()
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma2"])  # tied to the embedding or not, and capped
+@pytest.mark.parametrize("model", ["llama", "qwen2", "gemma2"])  # qwen2's are tied to the embedding, gemma2's capped
 def test_a_bfloat16_models_logits_are_not_rounded(model: str) -> None:
     engine = Engine(device.of_engine(), Limits())
     engine.dtype = torch.bfloat16

@@ -144,7 +144,7 @@ class Arena:
         if self._size == self.num_parameters:
             return buffer
         flat = buffer.new_zeros(self.num_parameters)
-        # Strides by hand, as slicing would take this five times as long.
+        # Strides by hand, as slicing would take four times as long.
         offset = 0
         for name, (rows, columns) in self._shapes.items():
             place = self._places.get(name)
