@@ -61,7 +61,7 @@ def measure(work: Work) -> dict[int, list[float]]:
         max_loras=len(work.adapters),
         max_lora_rank=work.rank,
         max_num_seqs=work.count,
-        max_num_batched_tokens=8192,  # as in the sampler, so that vLLM compiles the same once
+        max_num_batched_tokens=8192,  # as in the sampler
         lora_target_modules=list(TARGET_MODULES),
         kv_cache_memory_bytes=work.kv_cache_bytes,
         gpu_memory_utilization=work.gpu_memory_utilization,
