@@ -28,6 +28,7 @@ from benchmarks import harness
 from benchmarks.harness import Row, Times
 from sampler_service import environment
 from sampler_service.config import SamplerConfig
+from sampler_service.lanes import Lanes
 from service_common import checkpoint, rpc
 from service_common.checkpoint import Checkpoint
 from service_common.lora import TARGET_MODULES
@@ -86,13 +87,15 @@ class World:
             await_trainer=False,
         )
         tokenizer = Tokenizer(folder)
+        self._lanes = Lanes("127.0.0.1")
         self._trainer = subprocess.Popen(trainer)
         atexit.register(self._trainer.kill)  # should there be no engine to close
         self.engine = Engine(config, base, tokenizer.present)
 
         async def start() -> None:
             servicer = SamplerServicer()
-            servicer.attach(Sampler(config, base, self.engine, tokenizer))
+            await self._lanes.started()
+            servicer.attach(Sampler(config, base, self.engine, tokenizer, self._lanes))
             self._server = rpc.Server(self.address, SERVICE_NAME, functools.partial(add_to_server, servicer))
             await self._server.start()
             self.sampler, self.trainer = AsyncSamplerClient(self.address), AsyncTrainerClient(trainer_address)
@@ -144,6 +147,7 @@ class World:
         self._trainer.kill()  # asked to end, it would wait for the sampler, whose event loop rests
         self.engine.shutdown()
         self._trainer.wait()
+        self._loop.run(self._lanes.close())
 
 
 def max_model_len(base: Checkpoint) -> int:

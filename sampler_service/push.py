@@ -1,13 +1,15 @@
 """A version on its way in: announced, received, proven, ready on every rank, live; or gone without a trace."""
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from sampler_service.lanes import Lanes
 from sampler_service.versions import Registry, Version
 from service_common import errors, failpoints
 from service_common.checkpoint import Checkpoint
@@ -15,7 +17,7 @@ from service_common.lora import check_adapter_id, check_manifest, normalized
 from service_common.staging import StagingPool
 from tinkerbell import payload
 from tinkerbell.payload import Chunk
-from tinkerbell.v1 import common_pb2
+from tinkerbell.v1 import common_pb2, sampler_pb2
 
 log = structlog.get_logger(__name__)
 
@@ -35,10 +37,12 @@ class AlreadyLive:
 class Pushes:
     """Opens pushes, one at a time per adapter.
 
-    staging: where payloads gather.
+    staging: where payloads gather. lanes: what takes parts of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, max_rank: int, registry: Registry, install: Install, drop: Drop):
+    def __init__(
+        self, checkpoint: Checkpoint, max_rank: int, registry: Registry, install: Install, drop: Drop, lanes: Lanes
+    ):
         """`checkpoint`: the base model; `max_rank`: the largest rank that a push may have."""
         self._checkpoint = checkpoint
         self._max_rank = max_rank
@@ -46,6 +50,7 @@ class Pushes:
         self._install = install
         self._drop = drop
         self.staging = StagingPool()
+        self.lanes = lanes
         self._open: set[str] = set()
         self._checked = functools.lru_cache(maxsize=64)(self._check)  # every push of an adapter has the same layout
 
@@ -80,7 +85,13 @@ class Pushes:
             layout=layout,
         )
         push = Push(
-            announced, memory_id, self._registry, self._install, self._drop, lambda: self._open.remove(adapter_id)
+            announced,
+            memory_id,
+            self._registry,
+            self._install,
+            self._drop,
+            self.lanes,
+            lambda: self._open.remove(adapter_id),
         )
         self._open.add(adapter_id)
         return push
@@ -122,6 +133,7 @@ class Push:
         registry: Registry,
         install: Install,
         drop: Drop,
+        lanes: Lanes,
         release: Callable[[], None],
     ):
         """`release` is called once, when the push is over."""
@@ -130,21 +142,23 @@ class Push:
         self._registry = registry
         self._install = install
         self._drop = drop
+        self._lanes = lanes
         self._release = release
         self._receiver = None if memory_id else payload.Receiver(version.manifest, version.payload.view)
+        self._reading: list[asyncio.Task[None]] = []  # of parts, from the lanes that have them
         self._installing: asyncio.Task[None] | None = None
         self._committing: asyncio.Task[None] | None = None
 
     def add(self, chunk: Chunk) -> None:
         """Takes the next piece. DATA_LOSS when it is out of order or too much, INVALID_ARGUMENT when none is due."""
-        if self._receiver is None:
-            raise errors.invalid_argument(
-                "FRAME_UNEXPECTED", "the push announced a payload in GPU memory, and sends a chunk", field="chunk"
-            )
-        try:
-            self._receiver.add(chunk)
-        except payload.PayloadError as cause:
-            raise self._damaged(cause) from cause
+        with self._blamed_on_the_payload():
+            self._expecting().add(chunk)
+
+    def add_part(self, part: sampler_pb2.PushPart) -> None:
+        """Takes the next piece from a lane. Errors as `add`, and when the payload is proven."""
+        with self._blamed_on_the_payload():
+            target = self._expecting().room(part.offset, part.size_bytes)
+        self._reading.append(asyncio.create_task(asyncio.to_thread(self._lanes.read, part, target)))
 
     async def prepare(self) -> Version:
         """Brings the version into every rank without making it live.
@@ -167,13 +181,12 @@ class Push:
     def close(self) -> None:
         """Ends the push, however it went; without `commit` nothing of it stays."""
         last = self._committing or self._installing
-        if last is None:
-            self._version.payload.close()
-            self._release()
-        elif last.done():
-            self._settle(last)
+        if last is not None:
+            _when_done(last, self._settle)
+        elif self._reading:
+            _when_done(asyncio.gather(*self._reading, return_exceptions=True), self._abandon)
         else:
-            last.add_done_callback(self._settle)
+            self._abandon()
 
     def _start(self) -> asyncio.Task[None]:
         if self._installing is None:
@@ -181,11 +194,13 @@ class Push:
         return self._installing
 
     async def _prove_and_install(self) -> None:
+        # All of them, also when one fails: they write to memory that is free after that.
+        read = await asyncio.gather(*self._reading, return_exceptions=True)
         if self._receiver:
-            try:
+            with self._blamed_on_the_payload():
+                for failure in filter(None, read):
+                    raise failure
                 await asyncio.to_thread(self._receiver.finish)
-            except payload.PayloadError as cause:
-                raise self._damaged(cause) from cause
         await self._install(self._version, self._memory_id)
 
     async def _publish_after(self, installing: asyncio.Task[None]) -> None:
@@ -210,10 +225,34 @@ class Push:
             self._drop(self._version)
         self._release()
 
-    def _damaged(self, cause: payload.PayloadError) -> errors.ServiceError:
-        return errors.data_loss(
-            "PAYLOAD_DAMAGED",
-            f"{cause}; nothing was installed, push again",
-            adapter_id=self._version.adapter_id,
-            version=self._version.version,
-        )
+    def _abandon(self, _: object = None) -> None:
+        """The same when nothing was begun."""
+        self._version.payload.close()
+        self._release()
+
+    def _expecting(self) -> payload.Receiver:
+        if self._receiver is None:
+            raise errors.invalid_argument(
+                "FRAME_UNEXPECTED", "the push announced a payload in GPU memory, and sends another one", field="frame"
+            )
+        return self._receiver
+
+    @contextlib.contextmanager
+    def _blamed_on_the_payload(self) -> Iterator[None]:
+        try:
+            yield
+        except payload.PayloadError as cause:
+            raise errors.data_loss(
+                "PAYLOAD_DAMAGED",
+                f"{cause}; nothing was installed, push again",
+                adapter_id=self._version.adapter_id,
+                version=self._version.version,
+            ) from cause
+
+
+def _when_done(work: "asyncio.Future[Any]", callback: Callable[[Any], None]) -> None:
+    """At once if it is done."""
+    if work.done():
+        callback(work)
+    else:
+        work.add_done_callback(callback)

@@ -11,6 +11,7 @@ import numpy as np
 
 from sampler_service.config import SamplerConfig
 from sampler_service.device_memory import DeviceMemory
+from sampler_service.lanes import Lanes
 from sampler_service.leases import Leases
 from sampler_service.push import Pushes
 from sampler_service.requests import (
@@ -65,7 +66,9 @@ class Sampler:
     `current`: set when the trainer has said that this sampler has every current version.
     """
 
-    def __init__(self, config: SamplerConfig, checkpoint: Checkpoint, engine: "Engine", tokenizer: Tokenizer):
+    def __init__(
+        self, config: SamplerConfig, checkpoint: Checkpoint, engine: "Engine", tokenizer: Tokenizer, lanes: Lanes
+    ):
         """Takes an engine that is ready."""
         self.config = config
         self.active_requests = 0
@@ -75,7 +78,7 @@ class Sampler:
         self.device_memory = DeviceMemory(
             config.cuda_ipc and engine.info.device == "cuda", engine.open_device_memory, engine.close_device_memory
         )
-        self.pushes = Pushes(checkpoint, config.max_rank, self.registry, engine.install, engine.drop)
+        self.pushes = Pushes(checkpoint, config.max_rank, self.registry, engine.install, engine.drop, lanes)
         self.current = asyncio.Event()
         self.instance_id = uuid.uuid4().hex
         self.base_model: common_pb2.BaseModelInfo = describe.base_model_info(

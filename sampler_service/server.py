@@ -67,13 +67,16 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             return
         await failpoints.reached("push.begun")
         try:
-            yield sampler_pb2.PushAdapterResponse(accepted=sampler_pb2.PushAccepted())
+            accepted = sampler_pb2.PushAccepted(lane_ports=sampler.pushes.lanes.ports())
+            yield sampler_pb2.PushAdapterResponse(accepted=accepted)
             async for request in request_iterator:
                 if isinstance(request, Chunk):
                     push.add(request)
                     await failpoints.reached("push.chunk")
                     continue
                 match request.WhichOneof("frame"):
+                    case "part":
+                        push.add_part(request.part)
                     case "prepare":
                         yield await self._prepared(push, request.prepare)
                     case "commit":
@@ -82,7 +85,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                         yield self._committed(live, already_live=False)
                         return
                     case _:
-                        raise _unexpected_frame("CHUNK, PREPARE or COMMIT follows BEGIN", request)
+                        raise _unexpected_frame("CHUNK, PART, PREPARE or COMMIT follows BEGIN", request)
             # A stream that was cut looks just like one that was closed.
             raise errors.aborted("PUSH_NOT_COMMITTED", "the push ended without COMMIT; nothing was installed")
         finally:

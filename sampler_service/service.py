@@ -10,6 +10,7 @@ import prometheus_client
 import structlog
 
 from sampler_service.config import SamplerConfig
+from sampler_service.lanes import Lanes
 from sampler_service.sampler import Sampler
 from sampler_service.server import SERVICE_NAME, SamplerServicer, add_to_server
 from sampler_service.tokenizer import Tokenizer
@@ -30,6 +31,17 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: s
     until the service is ready. OSError when one of the latter two addresses is taken.
     Returns the exit status: 0 after a signal, 1 when the model cannot be loaded or vLLM has died.
     """
+    lanes = Lanes(listen.rpartition(":")[0])
+    lanes.running()  # they start meanwhile
+    try:
+        return await _serve(config, lanes, listen, http, metrics, drain_seconds)
+    finally:
+        await lanes.close()
+
+
+async def _serve(
+    config: SamplerConfig, lanes: Lanes, listen: str, http: str | None, metrics: str | None, drain_seconds: float
+) -> int:
     servicer = SamplerServicer()
     server = rpc.Server(listen, SERVICE_NAME, functools.partial(add_to_server, servicer))
     listener = _bound(http) if http else None
@@ -38,7 +50,7 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: s
         prometheus_client.start_http_server(int(port), host)
     signalled = asyncio.create_task(rpc.until_signal())
     await server.start()
-    loading = asyncio.create_task(_load(config, listener))
+    loading = asyncio.create_task(_load(config, lanes, listener))
     await asyncio.wait((signalled, loading), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         await server.drain(0)
@@ -73,9 +85,9 @@ async def serve(config: SamplerConfig, listen: str, http: str | None, metrics: s
 
 
 async def _load(
-    config: SamplerConfig, listener: socket.socket | None
+    config: SamplerConfig, lanes: Lanes, listener: socket.socket | None
 ) -> "tuple[Sampler, Engine, Sequence[HttpServer]]":
-    sampler, engine = await asyncio.to_thread(_start, config)
+    sampler, engine = await asyncio.to_thread(_start, config, lanes)
     try:
         await engine.prove()
         http_servers = [await asyncio.to_thread(_http_server, listener, sampler, engine)] if listener else []
@@ -107,14 +119,14 @@ def _http_server(listener: socket.socket, sampler: Sampler, engine: "Engine") ->
     return HttpServer(listener, sampler, engine)
 
 
-def _start(config: SamplerConfig) -> "tuple[Sampler, Engine]":
+def _start(config: SamplerConfig, lanes: Lanes) -> "tuple[Sampler, Engine]":
     # Importing vLLM takes ten seconds, in which the server answers already.
     from sampler_service.engine import Engine  # noqa: PLC0415
 
     base = checkpoint.resolve(config.model)
     tokenizer = Tokenizer(base.folder)
     engine = Engine(config, base, has_tokenizer=tokenizer.present)
-    return Sampler(config, base, engine, tokenizer), engine
+    return Sampler(config, base, engine, tokenizer, lanes), engine
 
 
 async def _abandon(loading: asyncio.Task) -> None:

@@ -1,9 +1,11 @@
-"""Memory for payloads that other processes of a service read."""
+"""Memory for payloads that processes of a service share."""
 
 import collections
 import mmap
 import os
 from collections.abc import Callable
+
+_NAME = "tinkerbell-push"
 
 
 class StagingBuffer:
@@ -14,12 +16,12 @@ class StagingBuffer:
 
     def __init__(self, size_bytes: int, give_back: Callable[["StagingBuffer"], None]):
         """`size_bytes` above 0; `give_back` is what `close` calls. OSError when the host has no memory for it."""
-        self._descriptor = os.memfd_create("tinkerbell-push", os.MFD_CLOEXEC)
+        self.descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._descriptor, size_bytes)
-            self.view = memoryview(mmap.mmap(self._descriptor, size_bytes))
+            os.ftruncate(self.descriptor, size_bytes)
+            self.view = memoryview(mmap.mmap(self.descriptor, size_bytes))
         except BaseException:
-            os.close(self._descriptor)
+            os.close(self.descriptor)
             raise
         self.size_bytes = size_bytes
         self._give_back = give_back
@@ -27,7 +29,7 @@ class StagingBuffer:
     @property
     def path(self) -> str:
         """Where processes of the same user on this host can open the buffer, as long as it is not closed."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        return _path(os.getpid(), self.descriptor)
 
     def close(self) -> None:
         """Ends its use by one version. Neither this process nor another one may touch it any more."""
@@ -35,8 +37,30 @@ class StagingBuffer:
 
     def free(self) -> None:
         """Gives the memory back to the system, whoever still refers to `view`."""
-        os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)
+        os.ftruncate(self.descriptor, 0)
+        os.close(self.descriptor)
+
+
+def read(pid: int, descriptor: int, target: memoryview) -> None:
+    """Fills `target` from another process's buffer. OSError when that has no such buffer, or a smaller one."""
+    path = _path(pid, descriptor)
+    # Someone else may have named it: nothing but a buffer is opened.
+    if os.readlink(path) != f"/memfd:{_NAME} (deleted)":
+        raise OSError(f"{path} is no staging buffer")
+    file = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(target):  # Linux reads at most 2 GiB at once
+            count = os.preadv(file, [target[done:]], done)
+            if not count:
+                raise OSError(f"{path} has {done} of {len(target)} bytes")
+            done += count
+    finally:
+        os.close(file)
+
+
+def _path(pid: int, descriptor: int) -> str:
+    return f"/proc/{pid}/fd/{descriptor}"
 
 
 class StagingPool:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from sampler_service.config import SamplerConfig
+from sampler_service.lanes import Lanes
 from sampler_service.sampler import Sampler
 from sampler_service.server import SERVICE_NAME, SamplerServicer, add_to_server
 from service_common import errors
@@ -133,8 +134,9 @@ class FakeEngine:
 class SamplerWorld:
     """One sampler that can die and come back, at an address of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", cuda_ipc: bool = False):
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", cuda_ipc: bool = False, lanes: Lanes | None = None):
         self.address = free_address()
+        self.lanes = lanes or Lanes("127.0.0.1", 0)
         self._checkpoint, self._device, self._cuda_ipc = checkpoint, device, cuda_ipc
 
     async def start(self) -> "SamplerWorld":
@@ -154,7 +156,7 @@ class SamplerWorld:
             await_trainer=True,
         )
         self.engine = FakeEngine(self._device)
-        self.sampler = Sampler(config, self._checkpoint, self.engine, SimpleNamespace(present=False))
+        self.sampler = Sampler(config, self._checkpoint, self.engine, SimpleNamespace(present=False), self.lanes)
         servicer = SamplerServicer()
         servicer.attach(self.sampler)
         self._server = Server(

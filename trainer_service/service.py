@@ -26,9 +26,6 @@ from trainer_service.trainer import Trainer
 
 log = structlog.get_logger(__name__)
 
-# One of them sends, while the others are left to the trainer and to samplers on this host.
-_CORES_PER_RELAY = 4
-
 SERVICE_NAME = trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name
 
 
@@ -90,8 +87,7 @@ async def _serve(config: TrainerConfig, engine: Engine, executor: Executor) -> i
         from trainer_service.publish.cuda_ipc import CudaIpc  # noqa: PLC0415  (needs CUDA's library)
 
         cuda_ipc = CudaIpc(engine.device)
-    relays = Relays(len(os.sched_getaffinity(0)) // _CORES_PER_RELAY)
-    publisher = Publisher(Discovery(config.samplers), reserve, metrics, relays, cuda_ipc) if config.samplers else None
+    publisher = Publisher(Discovery(config.samplers), reserve, metrics, Relays(), cuda_ipc) if config.samplers else None
     trainer = Trainer(engine, executor, metrics, publisher, store)
     servicer = TrainerServicer(trainer)
     server = rpc.Server(

@@ -135,32 +135,49 @@ class Chunk(NamedTuple):
     data: memoryview
 
 
-class Receiver:
-    """Collects chunks into a buffer of the announced size and proves that they are what was announced."""
+class PartReceiver:
+    """Collects the chunks of a payload, or of a part of one, into a buffer of its size.
 
-    def __init__(self, manifest: common_pb2.AdapterManifest, buffer: bytearray | memoryview):
-        """`buffer`: writable, `manifest.size_bytes` long."""
-        self._manifest = manifest
+    received: where in the payload the next one has to start.
+    """
+
+    def __init__(self, buffer: bytearray | memoryview, start: int = 0):
+        """`buffer`: writable. `start`: of the part, in the payload."""
         self._buffer = memoryview(buffer)
-        self.received = 0
+        self._start = self.received = start
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all has come."""
+        return self.received == self._start + len(self._buffer)
 
     def add(self, chunk: common_pb2.PayloadChunk | Chunk) -> None:
         """PayloadError when the chunk is out of order or too much."""
-        if chunk.offset != self.received:
-            raise PayloadError(f"expected the chunk at offset {self.received}, got the one at {chunk.offset}")
         data = chunk.data  # a message's is a new object every time
-        end = chunk.offset + len(data)
-        if end > self._manifest.size_bytes:
-            raise PayloadError(
-                f"the chunk at offset {chunk.offset} ends at {end}, "
-                f"after the announced {self._manifest.size_bytes} bytes"
-            )
-        self._buffer[chunk.offset : end] = data
+        self.room(chunk.offset, len(data))[:] = data
+
+    def room(self, offset: int, size_bytes: int) -> memoryview:
+        """Where the next bytes belong; they count as received. PayloadError as `add`."""
+        if offset != self.received:
+            raise PayloadError(f"expected the bytes from offset {self.received} on, got those from {offset} on")
+        end, size = offset + size_bytes, self._start + len(self._buffer)
+        if end > size:
+            raise PayloadError(f"the bytes from offset {offset} on end at {end}, after the announced {size} bytes")
         self.received = end
+        return self._buffer[offset - self._start : end - self._start]
+
+
+class Receiver(PartReceiver):
+    """Collects a whole payload and proves that it is what was announced."""
+
+    def __init__(self, manifest: common_pb2.AdapterManifest, buffer: bytearray | memoryview):
+        """`buffer`: writable, `manifest.size_bytes` long."""
+        super().__init__(buffer)
+        self._manifest = manifest
 
     def finish(self) -> None:
         """PayloadError unless the whole payload came and has the announced digest. Takes all cores for milliseconds."""
-        if self.received != self._manifest.size_bytes:
+        if not self.is_complete:
             raise PayloadError(f"{self.received} of {self._manifest.size_bytes} bytes came before the end")
         came = digest(self._manifest, self._buffer)
         if came != self._manifest.digest:

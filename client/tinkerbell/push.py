@@ -14,6 +14,7 @@ from tinkerbell.push_frames import chunk_frames
 from tinkerbell.v1 import common_pb2, sampler_pb2
 
 METHOD = "/tinkerbell.v1.SamplerService/PushAdapter"
+PART_METHOD = "/tinkerbell.v1.LaneService/TakePart"
 
 
 async def push(
@@ -40,37 +41,76 @@ async def push(
         stream.close()
 
 
-class PushStream:
+class _Stream:
+    """A call to which frames go, some of which are answered."""
+
+    def __init__(self, call: Any, receiver: str):
+        self._call = call
+        self._status = CallStatus(call)
+        self._receiver = receiver
+
+    async def _ask(self, request: Any) -> Any:
+        """The answer to a frame."""
+        await self._write(request)
+        return await self._answer()
+
+    async def _answer(self) -> Any:
+        try:
+            answer = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(await self._status.error(error), self._receiver) from error
+        if answer is grpc.aio.EOF:
+            raise InternalError(f"{self._receiver} ended the call before the push had ended")
+        return answer
+
+    async def _write(self, request: Any) -> bool:
+        """False when the other side has ended the call; reading tells why."""
+        try:
+            await self._call.write(request)
+        except asyncio.InvalidStateError:
+            return False
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(await self._status.error(error), self._receiver) from error
+        return True
+
+    async def _send(self, payload: bytes | memoryview, start: int = 0, end: int | None = None) -> None:
+        for frame in chunk_frames(payload, start, end):
+            if not await self._write(frame):
+                return  # the next step hears why
+
+
+class PushStream(_Stream):
     """A push step by step, for whoever pushes to several samplers and lets none commit before all are ready.
 
     The steps are `begin`, `send`, `prepare` if wanted, `commit`. Each raises TinkerbellError as the sampler gives it,
     and ends the push with that.
+
+    lane_ports: where the sampler takes parts of the payload side by side, once the push has begun.
     """
 
-    METHOD = METHOD
-
-    def __init__(
-        self, channel: grpc.aio.Channel, timeout: float | None = None, metadata: Sequence[tuple[str, str]] | None = None
-    ):
+    def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None):
         """`timeout`: seconds for the whole push. Close the stream in the end."""
         # Not a stub's method, so that `send` can serialize by itself.
-        method: Any = channel.stream_stream(self.METHOD, _serialized, sampler_pb2.PushAdapterResponse.FromString)
-        self._call = method(timeout=timeout, metadata=metadata)
-        self._status = CallStatus(self._call)
+        method: Any = channel.stream_stream(METHOD, _serialized, sampler_pb2.PushAdapterResponse.FromString)
+        super().__init__(method(timeout=timeout), "the sampler")
+        self.lane_ports: Sequence[int] = ()
 
     async def begin(self, begin: sampler_pb2.PushBegin) -> sampler_pb2.PushCommitted | None:
         """Announces a version. When it is live already, that is the answer and the push is over."""
-        answer = await self._ask(sampler_pb2.PushAdapterRequest(begin=begin), "accepted", "committed")
+        answer = await self._step(sampler_pb2.PushAdapterRequest(begin=begin), "accepted", "committed")
         if answer.HasField("accepted"):
+            self.lane_ports = answer.accepted.lane_ports
             return None
         await self._end()
         return answer.committed
 
     async def send(self, payload: bytes | memoryview) -> None:
         """Sends the whole payload."""
-        for frame in chunk_frames(payload):
-            if not await self._write(frame):
-                return  # the sampler has ended the call; the next step hears why
+        await self._send(payload)
+
+    async def add_part(self, part: sampler_pb2.PushPart) -> None:
+        """Names a part that a lane has, in place of sending it."""
+        await self._write(sampler_pb2.PushAdapterRequest(part=part))
 
     async def prepare(self, probes: Sequence[Sequence[int]] = ()) -> list[np.ndarray]:
         """Waits until every rank has the version, which does not make it live.
@@ -78,12 +118,12 @@ class PushStream:
         Returns one float32 [N - 1] per probe of N tokens: the log-probabilities that the version gives to them.
         """
         frame = sampler_pb2.PushPrepare(probes=[common_pb2.TokenSequence(tokens=tokens) for tokens in probes])
-        answer = await self._ask(sampler_pb2.PushAdapterRequest(prepare=frame), "prepared")
+        answer = await self._step(sampler_pb2.PushAdapterRequest(prepare=frame), "prepared")
         return [tensors.decode(tensor) for tensor in answer.prepared.logprobs]
 
     async def commit(self) -> sampler_pb2.PushCommitted:
         """Makes the version live and ends the push."""
-        answer = await self._ask(sampler_pb2.PushAdapterRequest(commit=sampler_pb2.PushCommit()), "committed")
+        answer = await self._step(sampler_pb2.PushAdapterRequest(commit=sampler_pb2.PushCommit()), "committed")
         await self._end()
         return answer.committed
 
@@ -91,37 +131,42 @@ class PushStream:
         """Ends the push. Before the commit, that leaves nothing on the sampler."""
         self._call.cancel()
 
-    async def _ask(self, request: sampler_pb2.PushAdapterRequest, *expected: str) -> sampler_pb2.PushAdapterResponse:
-        try:
-            await self._write(request)
-            answer = await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(await self._status.error(error), "the sampler") from error
-        if answer is grpc.aio.EOF:
-            raise InternalError("the sampler ended the push without committing it")
+    async def _step(self, request: sampler_pb2.PushAdapterRequest, *expected: str) -> sampler_pb2.PushAdapterResponse:
+        answer = await self._ask(request)
         if answer.WhichOneof("frame") not in expected:
             raise InternalError(f"the sampler answered {answer.WhichOneof('frame')}, and not {' or '.join(expected)}")
         return answer
-
-    async def _write(self, request: sampler_pb2.PushAdapterRequest | bytes) -> bool:
-        try:
-            return await write(self._call, request)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(await self._status.error(error), "the sampler") from error
 
     async def _end(self) -> None:
         await self._call.done_writing()
         await self._call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
 
 
-async def write(call: Any, request: sampler_pb2.PushAdapterRequest | bytes) -> bool:
-    """False when the sampler has ended the call; reading tells why."""
-    try:
-        await call.write(request)
-    except asyncio.InvalidStateError:
-        return False
-    return True
+class PartStream(_Stream):
+    """A part of a payload on its way to a sampler's lane: `begin`, `send`, `received`, which raise TinkerbellError."""
+
+    def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None):
+        """`channel`: to the lane. `timeout`: seconds for the push. Close the stream when the push has ended."""
+        method: Any = channel.stream_stream(PART_METHOD, _serialized, sampler_pb2.TakePartResponse.FromString)
+        super().__init__(method(timeout=timeout), "the lane")
+
+    async def begin(self, start: int, end: int) -> None:
+        """Announces the payload's bytes from `start` to `end`, and waits for the lane to accept them."""
+        begin = sampler_pb2.PartBegin(offset=start, size_bytes=end - start)
+        await self._ask(sampler_pb2.TakePartRequest(begin=begin))
+
+    async def send(self, payload: bytes | memoryview, start: int, end: int) -> None:
+        """Sends the payload's bytes from `start` to `end`: the whole part, or in order stretches of it."""
+        await self._send(payload, start, end)
+
+    async def received(self) -> int:
+        """The part's id, once the lane has all of it."""
+        return (await self._answer()).received.part_id
+
+    def close(self) -> None:
+        """Frees what the lane has."""
+        self._call.cancel()
 
 
-def _serialized(request: sampler_pb2.PushAdapterRequest | bytes) -> bytes:
+def _serialized(request: sampler_pb2.PushAdapterRequest | sampler_pb2.TakePartRequest | bytes) -> bytes:
     return request if isinstance(request, bytes) else request.SerializeToString()

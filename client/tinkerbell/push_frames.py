@@ -10,7 +10,10 @@ from tinkerbell.v1 import common_pb2, sampler_pb2
 
 
 def chunk_frames(payload: bytes | memoryview, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """A payload, or its bytes from `start` to `end`, as serialized PushAdapterRequests with a chunk each."""
+    """A payload, or its bytes from `start` to `end`, as serialized PushAdapterRequests with a chunk each.
+
+    TakePartRequests with one look the same.
+    """
     view = memoryview(payload)[:end]
     for offset in range(start, len(view), CHUNK_BYTES):
         data = view[offset : offset + CHUNK_BYTES]
@@ -20,9 +23,17 @@ def chunk_frames(payload: bytes | memoryview, start: int = 0, end: int | None = 
 
 def parsed(frame: bytes) -> sampler_pb2.PushAdapterRequest | Chunk:
     """Any serialized PushAdapterRequest. protobuf's DecodeError if it is none."""
-    if chunk := _usual_chunk(frame):
-        return chunk
-    request = sampler_pb2.PushAdapterRequest.FromString(frame)
+    return _usual_chunk(frame) or _any_chunk(sampler_pb2.PushAdapterRequest.FromString(frame))
+
+
+def parsed_part(frame: bytes) -> sampler_pb2.TakePartRequest | Chunk:
+    """The same of a TakePartRequest."""
+    return _usual_chunk(frame) or _any_chunk(sampler_pb2.TakePartRequest.FromString(frame))
+
+
+def _any_chunk[Request: (sampler_pb2.PushAdapterRequest, sampler_pb2.TakePartRequest)](
+    request: Request,
+) -> Request | Chunk:
     return Chunk(request.chunk.offset, memoryview(request.chunk.data)) if request.HasField("chunk") else request
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sampler_service.config import SamplerConfig
+from sampler_service.lanes import Lanes
 from sampler_service.requests import Delta, Finish, Request, Sampling, Structure, TokenPrompt, structure_invalid
 from sampler_service.sampler import Sampler
 from sampler_service.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ def sampler(checkpoint, engine) -> Sampler:
         cuda_ipc=False,
         await_trainer=False,
     )
-    return Sampler(config, checkpoint, engine, Tokenizer(checkpoint.folder))
+    return Sampler(config, checkpoint, engine, Tokenizer(checkpoint.folder), Lanes("127.0.0.1", 0))
 
 
 def publish(sampler, number: int) -> None:

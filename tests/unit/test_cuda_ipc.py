@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from unittest.mock import Mock
 
 import pytest
 import sampler_worlds
@@ -9,6 +10,7 @@ import torch
 from sampler_worlds import SamplerWorld, SharedMemory, snapshot, tiny_checkpoint, until
 
 from sampler_service.device_memory import DeviceMemory
+from sampler_service.lanes import Lanes
 from service_common.cuda_ipc import host_id
 from service_common.errors import Code, ServiceError
 from trainer_service.publish import cuda_ipc as cuda_ipc_module
@@ -39,8 +41,8 @@ async def publishing(*worlds, on=True, relays=None):
 
 
 @contextlib.asynccontextmanager
-async def sampler(checkpoint, device="cuda", cuda_ipc=True):
-    world = await SamplerWorld(checkpoint, device, cuda_ipc).start()
+async def sampler(checkpoint, device="cuda", cuda_ipc=True, lanes=None):
+    world = await SamplerWorld(checkpoint, device, cuda_ipc, lanes).start()
     try:
         yield world
     finally:
@@ -90,20 +92,23 @@ async def test_a_sampler_that_does_not_takes_chunks_and_the_answer_says_why(chec
         assert without.live() == world.live() == {1: 1.0}
 
 
-async def test_samplers_beside_it_get_chunks_from_relays(checkpoint):
-    relays = Relays(2, least_bytes=1)
+async def test_samplers_beside_it_get_parts_from_relays(checkpoint):
+    relays, lanes = Relays(2, least_bytes=1), Lanes("127.0.0.1", 2)
+    await asyncio.gather(relays.started(), lanes.started())
+    lanes.read = Mock(side_effect=lanes.read)
     async with (
         sampler(checkpoint) as world,
-        sampler(checkpoint, "cpu") as first,
-        sampler(checkpoint, "cpu") as second,
+        sampler(checkpoint, "cpu", lanes=lanes) as first,
+        sampler(checkpoint, "cpu", lanes=lanes) as second,
         publishing(world, first, second, relays=relays) as publisher,
     ):
         published = await publish(publisher, snapshot(checkpoint, 1))
         by_address = {outcome.address: outcome.transport for outcome in published.replicas}
         assert by_address.pop(world.address) is Transport.CUDA_IPC
         assert list(by_address.values()) == [Transport.GRPC] * 2
-        assert all(relay._process for relay in relays._relays)
+        assert lanes.read.call_count == 2
         assert [each.live() for each in (world, first, second)] == [{1: 1.0}] * 3
+    await lanes.close()
 
 
 async def test_another_host_and_a_gpu_out_of_reach_take_chunks(checkpoint, monkeypatch):

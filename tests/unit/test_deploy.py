@@ -110,8 +110,8 @@ def test_clients_may_reach_the_sampler_over_http(documents):
     assert {"name": "http", "containerPort": int(port)} in container["ports"]
     _, http = documents["Service", "tinkerbell-sampling"]["spec"]["ports"]
     assert (http["port"], http["targetPort"]) == (int(port), "http")
-    (rule,) = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
-    assert {"port": "http", "protocol": "TCP"} in rule["ports"]
+    _, clients = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
+    assert {"port": "http", "protocol": "TCP"} in clients["ports"]
 
 
 def test_trainer_pushes_to_every_replica_of_the_sampler(documents):
@@ -123,6 +123,14 @@ def test_trainer_pushes_to_every_replica_of_the_sampler(documents):
     port = listen_port(sampler["template"]["spec"]["containers"][0])
     assert flags(trainer, "--sampler") == [f"dns:{sampler['serviceName']}:{port}"]
     assert "--await-trainer" in sampler["template"]["spec"]["containers"][0]["args"], "ready means current"
+
+
+def test_trainer_reaches_the_lanes_of_samplers_whatever_their_ports(documents):
+    own, _ = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
+    (peer,) = own["from"]
+    labels = documents["Deployment", "tinkerbell-trainer"]["spec"]["template"]["metadata"]["labels"]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+    assert "ports" not in own
 
 
 def test_checkpoints_outlive_the_pod(documents):
@@ -141,8 +149,8 @@ def test_prometheus_finds_the_metrics_and_may_reach_them(documents, workload):
     assert host == "0.0.0.0"
     assert template["metadata"]["annotations"] == {"prometheus.io/scrape": "true", "prometheus.io/port": port}
     assert {"name": "metrics", "containerPort": int(port)} in container["ports"]
-    (rule,) = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
-    assert {"port": "metrics", "protocol": "TCP"} in rule["ports"]
+    _, clients = documents["NetworkPolicy", "tinkerbell"]["spec"]["ingress"]
+    assert {"port": "metrics", "protocol": "TCP"} in clients["ports"]
 
 
 def test_there_is_never_a_second_trainer(documents):

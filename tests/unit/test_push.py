@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import json
 import random
+import threading
 import typing
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from service_common.checkpoint import Checkpoint
 from service_common.errors import Code, ServiceError
 from service_common.lora import TARGET_MODULES, tensor_shapes
 from tinkerbell import payload
-from tinkerbell.v1 import common_pb2
+from tinkerbell.v1 import common_pb2, sampler_pb2
 
 HIDDEN, MIDDLE = 8, 12
 
@@ -49,6 +50,21 @@ class FakeEngine:
         version.payload.close()
 
 
+class FakeLanes:
+    """Has one part, with the id 1, at port 7, and gives it away when `go` is set."""
+
+    def __init__(self):
+        self.part = b""
+        self.go = threading.Event()
+        self.go.set()
+
+    def read(self, part, target):
+        self.go.wait()
+        if (part.lane_port, part.part_id) != (7, 1):
+            raise payload.PayloadError("no such part")
+        target[:] = self.part
+
+
 class World:
     """A registry with pushes into a fake engine."""
 
@@ -58,7 +74,7 @@ class World:
         World.all.append(self)
         self.engine = FakeEngine()
         self.registry = Registry(2, self.engine.drop)
-        self.pushes = Pushes(checkpoint, 4, self.registry, self.engine.install, self.engine.drop)
+        self.pushes = Pushes(checkpoint, 4, self.registry, self.engine.install, self.engine.drop, FakeLanes())
 
     async def push(self, version, manifest, chunks):
         """The version that is live afterwards."""
@@ -213,6 +229,59 @@ async def test_a_push_without_commit_leaves_nothing(checkpoint):
         assert staged_bytes() == len(data)
     assert world.registry.adapters() == {}
     assert staged_bytes() == 0
+
+
+def part(offset: int, size: int, part_id: int = 1) -> sampler_pb2.PushPart:
+    return sampler_pb2.PushPart(offset=offset, size_bytes=size, lane_port=7, part_id=part_id)
+
+
+async def test_a_part_of_a_payload_may_come_from_a_lane(checkpoint):
+    world = World(checkpoint)
+    manifest, data = adapter(checkpoint, 1)
+    world.pushes.lanes.part = data[100:300]
+    chunks = small_chunks(data)
+    with contextlib.closing(world.pushes.begin("a", 1, manifest)) as push:
+        push.add(chunks[0])
+        push.add_part(part(100, 200))
+        for chunk in chunks[3:]:
+            push.add(chunk)
+        await push.commit()
+    assert world.engine.installed == {1: data}
+
+
+@pytest.mark.parametrize("lost", ["id", "bytes", "order", "size"])
+async def test_a_part_that_is_not_what_was_announced_installs_nothing(checkpoint, lost):
+    world = World(checkpoint)
+    manifest, data = adapter(checkpoint, 1)
+    world.pushes.lanes.part = data if lost != "bytes" else data[:-1] + b"?"
+    named = part(lost == "order", len(data) + (lost == "size"), 2 if lost == "id" else 1)
+    with contextlib.closing(world.pushes.begin("a", 1, manifest)) as push, pytest.raises(ServiceError) as refused:
+        push.add_part(named)
+        await push.commit()
+    assert (refused.value.code, refused.value.reason) == (Code.DATA_LOSS, "PAYLOAD_DAMAGED")
+    assert world.engine.installed == {}
+    assert staged_bytes() == 0
+    assert (await world.push(1, manifest, small_chunks(data))).version == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_memory_is_not_free_before_its_parts_have_been_read(checkpoint, fails):
+    world = World(checkpoint)
+    manifest, data = adapter(checkpoint, 1)
+    world.pushes.lanes.part = data
+    world.pushes.lanes.go.clear()
+    push = world.pushes.begin("a", 1, manifest)
+    push.add_part(part(0, len(data), 2 if fails else 1))
+    push.close()
+    await asyncio.sleep(0.05)
+    assert staged_bytes() == len(data)
+    with pytest.raises(ServiceError, match="another push"):
+        world.pushes.begin("a", 1, manifest)
+    world.pushes.lanes.go.set()
+    async with asyncio.timeout(5):
+        while staged_bytes():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (await world.push(1, manifest, small_chunks(data))).version == 1
 
 
 async def test_an_install_that_fails_leaves_nothing_and_the_next_push_succeeds(checkpoint):

@@ -1,14 +1,15 @@
-"""Publishing by way of processes that send: as without them, whatever becomes of samplers, pushes and relays."""
+"""Publishing by way of processes that send and take parts: as without them, whatever becomes of whom."""
 
 import asyncio
 import contextlib
-import signal
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from sampler_worlds import SamplerWorld, publishing, snapshot, tiny_checkpoint, until
 
-from service_common import errors
+from sampler_service.lanes import Lanes
+from service_common import children, errors
 from service_common.errors import Code, ServiceError
 from trainer_service.publish import relays as relays_module
 from trainer_service.publish.relays import Relays
@@ -22,30 +23,50 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 async def running():
-    """Two processes, which all tests here share."""
-    relays = Relays(2, least_bytes=1)
-    yield relays
-    pids = [relay._process.pid for relay in relays._relays]
-    await relays.close()
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    """Two relays, and two lanes that all samplers share."""
+    relays, lanes = Relays(2, least_bytes=1), Lanes("127.0.0.1", 2)
+    await asyncio.gather(relays.started(), lanes.started())
+    yield relays, lanes
+    await asyncio.gather(relays.close(), lanes.close())
 
 
 @pytest.fixture
 async def relays(running, monkeypatch):
     """They stay when a publisher closes them, and have given all memory back. A payload is three pieces."""
+    relays, _ = running
+    await relays.started()
     with monkeypatch.context() as patch:
         patch.setattr(relays_module, "_PIECE_BYTES", 50)
-        patch.setattr(running, "close", lambda: asyncio.sleep(0))
-        yield running
-    assert running._buffers.used_bytes == 0
+        patch.setattr(relays, "close", lambda: asyncio.sleep(0))
+        yield relays
+    assert relays._buffers.used_bytes == 0
 
 
 @pytest.fixture
-async def samplers(checkpoint):
-    worlds = [await SamplerWorld(checkpoint).start() for _ in range(3)]
+def parts(running, monkeypatch):
+    """What samplers have read from lanes."""
+    _, lanes = running
+    read = Mock(side_effect=lanes.read)
+    monkeypatch.setattr(lanes, "read", read)
+    return read
+
+
+@pytest.fixture
+async def samplers(checkpoint, running):
+    worlds = [await SamplerWorld(checkpoint, lanes=running[1]).start() for _ in range(3)]
     yield worlds
     for world in worlds:
         await world.stop()
+
+
+async def test_one_sampler_gets_its_payload_in_parts_side_by_side(samplers, checkpoint, relays, parts):
+    async with publishing(samplers[:1], relays=relays) as publisher:
+        published = await publisher.publish("a", snapshot(checkpoint, 1))
+    size = snapshot(checkpoint, 1).manifest.size_bytes
+    assert published.sent_bytes == size
+    taken = sorted((part.offset, part.size_bytes) for part, _ in (call.args for call in parts.call_args_list))
+    assert taken == [(0, 50), (50, size - 50)]
+    assert samplers[0].live() == {1: 1.0}
 
 
 async def test_a_version_reaches_more_samplers_than_there_are_relays(samplers, checkpoint, relays):
@@ -61,20 +82,57 @@ async def test_a_version_reaches_more_samplers_than_there_are_relays(samplers, c
     assert [(world.live("a"), world.live("b")) for world in samplers] == [({1: 1.0, 2: 2.0}, {1: 3.0})] * 3
 
 
-async def test_one_sampler_needs_no_relay(samplers, checkpoint):
+async def test_without_relays_a_version_goes_out_all_the_same(samplers, checkpoint, monkeypatch, parts):
+    monkeypatch.setattr(children.sys, "executable", "/bin/false")
     relays = Relays(2, least_bytes=1)
-    async with publishing(samplers[:1], relays=relays) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1))
-    assert [relay._process for relay in relays._relays] == [None, None]
-
-
-async def test_without_relays_a_version_goes_out_all_the_same(samplers, checkpoint, monkeypatch):
-    monkeypatch.setattr(relays_module, "_START_SECONDS", 0.5)
-    monkeypatch.setattr(relays_module.sys, "executable", "/bin/false")
-    async with publishing(samplers, relays=Relays(2, least_bytes=1)) as publisher:
+    await relays.started()
+    async with publishing(samplers, relays=relays) as publisher:
         for content in (1, 2):
             published = await publisher.publish("a", snapshot(checkpoint, content))
             assert [outcome.state for outcome in published.replicas] == [ReplicaState.COMMITTED] * 3
+    assert not relays.running()
+    assert not parts.called
+
+
+async def test_a_sampler_without_lanes_gets_chunks(samplers, checkpoint, relays, parts):
+    alone = await SamplerWorld(checkpoint).start()
+    async with publishing([alone, samplers[0]], relays=relays) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+    assert [world.live() for world in (alone, samplers[0])] == [{1: 1.0}] * 2
+    assert parts.call_count == 1
+    await alone.stop()
+
+
+async def test_lanes_that_do_not_answer_are_passed_by(samplers, checkpoint, relays, parts, running, monkeypatch):
+    monkeypatch.setattr(relays_module, "_ACCEPT_SECONDS", 0.2)
+    stopped = [psutil.Process(lane.pid) for lane in running[1].running()]
+    for lane in stopped:
+        lane.suspend()
+    async with publishing(samplers[:1], relays=relays) as publisher:
+        for content in (1, 2):
+            await publisher.publish("a", snapshot(checkpoint, content))
+    assert relays._unreachable == {("127.0.0.1", port) for port in running[1].ports()}
+    relays._unreachable.clear()
+    for lane in stopped:
+        lane.resume()
+    assert samplers[0].live() == {1: 1.0, 2: 2.0}
+    assert not parts.called
+
+
+async def test_a_lane_that_is_gone_is_done_without(samplers, checkpoint, relays, parts, running):
+    _, lanes = running
+    ports = lanes.ports()
+    gone = lanes.running()[0]
+    process = psutil.Process(gone.pid)
+    process.kill()
+    psutil.wait_procs([process])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "ports", lambda: ports)  # as when it dies after BEGIN
+        async with publishing(samplers[:1], relays=relays) as publisher:
+            await publisher.publish("a", snapshot(checkpoint, 1))
+    assert samplers[0].live() == {1: 1.0}
+    assert not parts.called
+    await until(lambda: len(lanes.ports()) == 2)
 
 
 async def test_a_refusal_arrives_with_its_reason_and_leaves_nothing(samplers, checkpoint, relays):
@@ -124,13 +182,16 @@ async def test_a_push_that_is_given_up_leaves_nothing(samplers, checkpoint, rela
     assert [list(world.live().values()) for world in samplers] == [[2.0]] * 3
 
 
-async def test_a_relay_that_is_killed_is_started_again(samplers, checkpoint, relays):
+async def test_a_relay_that_is_killed_is_started_again(samplers, checkpoint, relays, parts):
     async with publishing(samplers, relays=relays) as publisher:
-        await publisher.publish("a", snapshot(checkpoint, 1))
-        process = relays._relays[0]._process
-        process.send_signal(signal.SIGKILL)
-        await process.wait()
-        publication = await publisher.publish("a", snapshot(checkpoint, 2))
+        killed = relays.running()[0]
+        pid = killed.pid
+        killed._process.kill()
+        publication = await publisher.publish("a", snapshot(checkpoint, 1))
         assert [outcome.state for outcome in publication.replicas] == [ReplicaState.COMMITTED] * 3
-        assert relays._relays[0]._process.pid != process.pid
+        await until(lambda: len(relays.running()) == 2)
+        assert killed.pid != pid
+        parts.reset_mock()
+        await publisher.publish("a", snapshot(checkpoint, 2))
+    assert parts.call_count == 3
     assert [world.live() for world in samplers] == [{1: 1.0, 2: 2.0}] * 3

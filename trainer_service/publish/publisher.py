@@ -105,7 +105,7 @@ class Publisher:
         relays: Relays,
         cuda_ipc: "CudaIpc | None" = None,
     ):
-        """`relays`: to several samplers over gRPC; this closes them. `cuda_ipc`: None to send everything over gRPC."""
+        """`relays`: to send parts over gRPC; this closes them. `cuda_ipc`: None to send everything over gRPC."""
         self._relays = relays
         self._cuda_ipc = cuda_ipc
         self._discovery = discovery

@@ -1,7 +1,6 @@
-"""A process that sends payloads for the trainer: python -m trainer_service.publish.relay SOCKET
+"""A process that sends parts of payloads for the trainer: python -m trainer_service.publish.relay unix:PATH
 
-It takes the frames of a push from the trainer and hands them on to a sampler, and the answers back. The payload, nearly
-all of a push's bytes, it takes from memory that it shares with the trainer. Ends when the trainer does.
+It takes them from memory that it shares with the trainer, to the lanes of samplers.
 """
 
 import asyncio
@@ -11,51 +10,43 @@ import struct
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 
-from service_common.rpc import MAX_MESSAGE_BYTES
-from tinkerbell import push
-from tinkerbell._call_status import CallStatus
-from tinkerbell.push_frames import chunk_frames
+from service_common import children
+from tinkerbell.errors import TinkerbellError
+from tinkerbell.push import PartStream
 from trainer_service.publish import channels
 
-METHOD = "/tinkerbell.Relay/Push"
-# Stands for the chunks of a piece of the payload: a zero, with which no message begins, and where it starts and ends.
-PIECE = struct.Struct("<xQQ")
-# In the call's metadata: the sampler's HOST:PORT, and the file with the payload.
-SAMPLER_KEY, PAYLOAD_KEY = "sampler", "payload"
-
-_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+METHOD = "/tinkerbell.Relay/SendPart"
+# Where a stretch of the payload starts and ends: of the whole part first, then of each piece of it that is there.
+STRETCH = struct.Struct("<QQ")
+# The second answer. The first one is empty, and says that the lane has accepted the part.
+PART_ID = struct.Struct("<Q")
+# In the call's metadata: the lane's HOST:PORT, and the file with the payload.
+LANE_KEY, PAYLOAD_KEY = "lane", "payload"
 
 _channel_to = functools.cache(channels.to_sampler)
 
 
-async def _relayed(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-    """Every frame but the payload's has one answer. The call ends as the sampler's does."""
+async def _send_part(stretches: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    """The lane keeps the part as long as this call lasts."""
     wanted = {key: str(value) for key, value in context.invocation_metadata() or ()}
     payload = _mapped(Path(wanted[PAYLOAD_KEY]))
-    method: Any = _channel_to(wanted[SAMPLER_KEY]).stream_stream(push.METHOD)  # its stub asks for serializers
-    call = method(timeout=context.time_remaining())
-    status = CallStatus(call)
+    start, end = STRETCH.unpack(await anext(aiter(stretches)))
+    part = PartStream(_channel_to(wanted[LANE_KEY]), context.time_remaining())
     try:
-        async for frame in frames:
-            if frame.startswith(b"\0"):
-                await _send_piece(call, payload, *PIECE.unpack(frame))
-                continue
-            await push.write(call, frame)
-            answer = await call.read()
-            if answer is grpc.aio.EOF:
-                return
-            yield answer
-        await call.done_writing()
-        await call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
-    except grpc.aio.AioRpcError as raised:
-        error = await status.error(raised)
-        await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+        await part.begin(start, end)
+        yield b""
+        async for stretch in stretches:
+            piece_start, piece_end = STRETCH.unpack(stretch)
+            await part.send(payload, piece_start, piece_end)
+            if piece_end == end:
+                yield PART_ID.pack(await part.received())
+    except TinkerbellError as failure:
+        await context.abort(failure.code, str(failure))
     finally:
-        call.cancel()
+        part.close()
 
 
 def _mapped(path: Path) -> memoryview:
@@ -63,28 +54,10 @@ def _mapped(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-async def _send_piece(call: Any, payload: memoryview, start: int, end: int) -> None:
-    for frame in chunk_frames(payload, start, end):
-        if not await push.write(call, frame):
-            return  # the sampler has ended the call; what follows hears why
-
-
-async def _serve(socket: str) -> None:
-    server = grpc.aio.server(options=_OPTIONS)
+def _add_to_server(server: grpc.aio.Server) -> None:
     service, method = METHOD.removeprefix("/").split("/")
-    server.add_registered_method_handlers(service, {method: grpc.stream_stream_rpc_method_handler(_relayed)})
-    server.add_insecure_port(socket)
-    await server.start()
-    await _end_of_input()
-    await server.stop(0)
-
-
-async def _end_of_input() -> None:
-    """The trainer has the other end of it, and the system closes that when the trainer is gone."""
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    await reader.read()
+    server.add_registered_method_handlers(service, {method: grpc.stream_stream_rpc_method_handler(_send_part)})
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(sys.argv[1]))
+    asyncio.run(children.serve(sys.argv[1], _add_to_server))

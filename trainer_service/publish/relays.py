@@ -1,4 +1,4 @@
-"""Processes that send one payload to several samplers at once.
+"""Processes that send parts of payloads to the samplers' lanes, side by side.
 
 gRPC sends all streams of a Python process from one thread: 168 MB take 0.13 s to one sampler, and 0.37 s to four. With
 a process for each stream they take 0.20 s to four (a trainer on four H200, 64 cores of a Xeon).
@@ -7,18 +7,20 @@ a process for each stream they take 0.20 s to four (a trainer on four H200, 64 c
 import asyncio
 import contextlib
 import itertools
-import sys
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
 import structlog
 
+from service_common.children import Child, Children
 from service_common.staging import StagingBuffer, StagingPool
 from tinkerbell.push import PushStream
+from tinkerbell.v1 import sampler_pb2
 from trainer_service.publish import relay
 from trainer_service.publish.channels import PUSH_SECONDS
 from trainer_service.snapshot import Snapshot
@@ -27,68 +29,142 @@ log = structlog.get_logger(__name__)
 
 _LEAST_BYTES = 16 << 20  # what one process sends in the time that the detour takes
 _PIECE_BYTES = 8 << 20  # a relay sends one while others are still being copied
-_START_SECONDS = 30.0
+# A lane that a firewall hides does not answer. The payload then goes with the push itself.
+_ACCEPT_SECONDS = 2.0
+# One of them sends, while the others are left to the trainer and to samplers on this host.
+_CORES_PER_RELAY = 4
+_MOST = 8
+
+
+class Relay(Child):
+    """One of them."""
+
+    def __init__(self, socket: Path):
+        super().__init__(relay.__name__, f"unix:{socket}")
+        self._address = f"unix:{socket}"
+        self._channels: list[grpc.aio.Channel] = []
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """To the process that runs now."""
+        return self._channels[-1]
+
+    async def start(self) -> None:
+        """As Child's."""
+        await super().start()
+        # It knows nothing of the process before it, as a pool of connections would. That one's channel stays: to close
+        # it would cancel the pushes that have not heard yet that the process is gone.
+        self._channels.append(grpc.aio.insecure_channel(self._address, [("grpc.use_local_subchannel_pool", 1)]))
+
+    async def close(self) -> None:
+        """As Child's."""
+        for channel in self._channels:
+            await channel.close()
+        await super().close()
 
 
 class _Piece(NamedTuple):
-    """Of a payload, from byte `start` to `end` or the payload's; in shared memory when `copying` has ended."""
+    """Of a payload, from byte `start` to `end`; in shared memory when `copying` has ended."""
 
     start: int
     end: int
     copying: asyncio.Task[None]
 
 
-class RelayedPush(PushStream):
-    """A push by way of another process, which finds the payload in shared memory."""
-
-    METHOD = relay.METHOD
-
-    def __init__(self, channel: grpc.aio.Channel, sampler: str, path: str, pieces: Sequence[_Piece]):
-        """`channel`: to the relay; `sampler`: HOST:PORT; `path`: of the memory that gets the payload's pieces."""
-        super().__init__(channel, PUSH_SECONDS, ((relay.SAMPLER_KEY, sampler), (relay.PAYLOAD_KEY, path)))
-        self._pieces = pieces
-
-    async def send(self, payload: bytes | memoryview) -> None:
-        """Has the payload sent that is in shared memory, each piece as soon as it is there."""
-        for start, end, copying in self._pieces:
-            await asyncio.shield(copying)
-            if not await self._write(relay.PIECE.pack(start, end)):
-                return  # the sampler has ended the call; the next step hears why
-
-
 class SharedPayload:
-    """A payload on its way to memory that the relays read."""
+    """A payload on its way to memory that the relays read, and from there to samplers."""
 
-    def __init__(self, snapshot: Snapshot, buffer: StagingBuffer, relays: Iterator[grpc.aio.Channel]):
-        """Begins to copy it. `buffer`: of its size; `relays`: to take in turn, without end."""
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        buffer: StagingBuffer,
+        relays: Iterator[Relay],
+        parts_per_sampler: int,
+        unreachable: set[tuple[str, int]],
+    ):
+        """Begins to copy it. `buffer`: of its size; `relays`: to take in turn, without end; `unreachable`: lanes, by
+        host and port.
+        """
         self._buffer = buffer
         self._relays = relays
+        self._parts_per_sampler = parts_per_sampler
+        self._unreachable = unreachable
         self._pieces = [self._piece(snapshot, start) for start in range(0, buffer.size_bytes, _PIECE_BYTES)]
+        self._calls: list[Any] = []
 
-    def push(self, sampler: str) -> PushStream:
-        """A new push to a sampler's HOST:PORT, for a transaction; close it in the end."""
-        return RelayedPush(next(self._relays), sampler, self._buffer.path, self._pieces)
+    async def send(self, host: str, push: PushStream) -> bool:
+        """Sends the payload of a push to lanes of a sampler's host. False when that cannot be, and nothing has been."""
+        ports = [port for port in push.lane_ports if (host, port) not in self._unreachable]
+        ports = ports[: min(self._parts_per_sampler, len(self._pieces))]
+        if not ports:
+            return False
+        bounds = [len(self._pieces) * index // len(ports) for index in range(len(ports) + 1)]
+        stretches = [self._pieces[start:end] for start, end in itertools.pairwise(bounds)]
+        sending = [
+            asyncio.create_task(self._send_part(host, port, stretch))
+            for port, stretch in zip(ports, stretches, strict=True)
+        ]
+        try:
+            parts = await asyncio.gather(*sending)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as failure:
+            reason = failure.details() if isinstance(failure, grpc.aio.AioRpcError) else repr(failure)
+            log.warning("lanes_failed", host=host, ports=ports, error=reason)
+            return False
+        finally:
+            for task in sending:
+                task.cancel()
+        for part in parts:
+            await push.add_part(part)
+        return True
 
     def close(self) -> None:
-        """Frees the memory, once nothing is copied any more: what has begun goes on when nobody wants it."""
+        """Frees the memory, here once nothing is copied any more: what has begun goes on when nobody wants it."""
+        for call in self._calls:
+            call.cancel()
         copying = asyncio.gather(*(piece.copying for piece in self._pieces), return_exceptions=True)
         copying.add_done_callback(lambda _: self._buffer.close())
 
     def _piece(self, snapshot: Snapshot, start: int) -> _Piece:
-        end = start + _PIECE_BYTES
+        end = min(start + _PIECE_BYTES, self._buffer.size_bytes)
         copying = asyncio.to_thread(_copy, snapshot, self._buffer.view, start, end)
         return _Piece(start, end, asyncio.create_task(copying))
 
+    async def _send_part(self, host: str, port: int, pieces: Sequence[_Piece]) -> sampler_pb2.PushPart:
+        """Sends the pieces as one part, whose call stays open."""
+        start, end = pieces[0].start, pieces[-1].end
+        metadata = ((relay.LANE_KEY, f"{host}:{port}"), (relay.PAYLOAD_KEY, self._buffer.path))
+        method: Any = next(self._relays).channel.stream_stream(relay.METHOD)  # its stub asks for serializers
+        call = method(timeout=PUSH_SECONDS, metadata=metadata)
+        self._calls.append(call)
+        await call.write(relay.STRETCH.pack(start, end))
+        try:
+            async with asyncio.timeout(_ACCEPT_SECONDS):
+                await call.read()
+        except TimeoutError:
+            self._unreachable.add((host, port))
+            raise
+        for piece in pieces:
+            await asyncio.shield(piece.copying)
+            await call.write(relay.STRETCH.pack(piece.start, piece.end))
+        (part_id,) = relay.PART_ID.unpack(await call.read())
+        return sampler_pb2.PushPart(offset=start, size_bytes=end - start, lane_port=port, part_id=part_id)
 
-class Relays:
-    """Starts them when they are first wanted, and again those that are gone."""
 
-    def __init__(self, most: int, least_bytes: int = _LEAST_BYTES):
-        """`most`: processes, one for each sampler up to that many; `least_bytes`: of a payload that is worth it."""
-        self._relays = [_Relay() for _ in range(most)]
+class Relays(Children[Relay]):
+    """Those of one trainer."""
+
+    def __init__(self, count: int | None = None, least_bytes: int = _LEAST_BYTES):
+        """They start when they are first wanted. `count`: None for what suits the cores. `least_bytes`: of a payload
+        that is worth it.
+        """
+        if count is None:
+            count = min(_MOST, len(os.sched_getaffinity(0)) // _CORES_PER_RELAY)
+        # No other user may have a relay read files.
+        self._folder = tempfile.TemporaryDirectory(prefix="tinkerbell-relays-")
+        super().__init__([Relay(Path(self._folder.name, str(index))) for index in range(count)])
         self._least_bytes = least_bytes
         self._buffers = StagingPool()
-        self._starting = asyncio.Lock()
+        self._unreachable: set[tuple[str, int]] = set()
 
     @contextlib.asynccontextmanager
     async def shared(self, snapshot: Snapshot, num_samplers: int) -> AsyncIterator[SharedPayload | None]:
@@ -97,71 +173,23 @@ class Relays:
         It is copied while the samplers answer BEGIN, and while what has been copied is sent.
         """
         size = snapshot.manifest.size_bytes
-        running = await self._running(num_samplers) if size >= self._least_bytes else []
-        if not running:
+        relays = self.running() if num_samplers and size >= self._least_bytes else []
+        if len(relays) < 2:
             yield None
             return
-        payload = SharedPayload(snapshot, self._buffers.take(size), itertools.cycle(running))
+        parts_per_sampler = max(1, len(relays) // num_samplers)
+        payload = SharedPayload(
+            snapshot, self._buffers.take(size), itertools.cycle(relays), parts_per_sampler, self._unreachable
+        )
         try:
             yield payload
         finally:
             payload.close()
 
-    async def _running(self, num_samplers: int) -> list[grpc.aio.Channel]:
-        """None from the first time on that they do not start: pushes need them only to be quick."""
-        relays = self._relays[:num_samplers]
-        if len(relays) < 2:
-            return []
-        async with self._starting:
-            started = await asyncio.gather(*(each.running() for each in relays), return_exceptions=True)
-        channels = [each for each in started if not isinstance(each, BaseException)]
-        if len(channels) < len(started):
-            failure = next(each for each in started if isinstance(each, BaseException))
-            log.warning("relays_given_up", error=repr(failure))
-            await self.close()
-            self._relays = []
-            return []
-        return channels
-
     async def close(self) -> None:
-        """Ends the processes."""
-        await asyncio.gather(*(each.close() for each in self._relays))
-
-
-class _Relay:
-    def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
-        self._resources = contextlib.AsyncExitStack()
-        self._channel: grpc.aio.Channel | None = None
-
-    async def running(self) -> grpc.aio.Channel:
-        """To the process, which is started if there is none. TimeoutError when it does not get ready."""
-        if self._channel is None or self._process is None or self._process.returncode is not None:
-            await self.close()
-            folder = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="tinkerbell-relay-"))
-            socket = f"unix:{Path(folder, 'socket')}"
-            # It has a session of its own, so that a signal from the terminal ends the trainer first.
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", relay.__name__, socket), stdin=asyncio.subprocess.PIPE, start_new_session=True
-            )
-            self._resources.push_async_callback(_end, self._process)
-            channel = await self._resources.enter_async_context(grpc.aio.insecure_channel(socket))
-            async with asyncio.timeout(_START_SECONDS):
-                await channel.channel_ready()
-            self._channel = channel
-            log.info("relay_started", pid=self._process.pid)
-        return self._channel
-
-    async def close(self) -> None:
-        """Ends the process, if there is one."""
-        self._channel = None
-        await self._resources.aclose()
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    await process.wait()
+        """Ends all."""
+        await super().close()
+        self._folder.cleanup()
 
 
 def _copy(snapshot: Snapshot, shared: memoryview, start: int, end: int) -> None:

@@ -32,6 +32,7 @@ class Replica:
     def __init__(self, address: str):
         """`address`: HOST:PORT."""
         self.address = address
+        self.host = address.rpartition(":")[0]
         self.dtype = common_pb2.DATA_TYPE_UNSPECIFIED  # of its weights, once it has answered
         self.current_instance = ""  # the process that was found to have every current version
         self.cuda_ipc_host = ""  # the host of a sampler that takes payloads by CUDA IPC

@@ -104,9 +104,9 @@ class Transaction:
         transport: Transport = Transport.UNSPECIFIED,
         shared: "SharedPayload | None" = None,
     ):
-        """`replicas`: all that are known. `staged`: the snapshot in GPU memory; `shared`: in memory that other
-        processes send it from. None not to use that; both must stay as they are until `run` has ended. `transport`:
-        CUDA_IPC to publish that way or not at all.
+        """`replicas`: all that are known. `staged`: the snapshot in GPU memory; `shared`: in memory that relays send
+        it from. None not to use that; both must stay as they are until `run` has ended. `transport`: CUDA_IPC to
+        publish that way or not at all.
         """
         self._adapter_id = adapter_id
         self._snapshot = snapshot
@@ -142,7 +142,7 @@ class Transaction:
 
     async def _begin_everywhere(self, number: int) -> int:
         for _ in range(_MAX_NUMBERS):
-            self._pushes = [_Push(replica, self._stream(replica)) for replica in self._replicas]
+            self._pushes = [_Push(replica, replica.push()) for replica in self._replicas]
             announce = functools.partial(self._announce, number)
             await asyncio.gather(*(push.attempt(announce) for push in self._pushes))
             self._check_transport(number)
@@ -169,11 +169,6 @@ class Transaction:
             adapter_id=self._adapter_id,
         )
 
-    def _stream(self, replica: Replica) -> PushStream:
-        if self._shared and goes_over_grpc(replica, self._staged):
-            return self._shared.push(replica.address)
-        return replica.push()
-
     async def _announce(self, number: int, push: _Push) -> None:
         """BEGIN at one sampler. It may not have noticed yet that the last push of the adapter was given up."""
         if self._staged:
@@ -194,7 +189,7 @@ class Transaction:
                     raise
                 push.stream.close()
                 await asyncio.sleep(_BUSY_SECONDS)
-                push.stream = self._stream(push.replica)
+                push.stream = push.replica.push()
             else:
                 push.live = committed.version if committed else None
                 return
@@ -220,7 +215,7 @@ class Transaction:
             if self._probe:
                 push.logprobs = await push.replica.score(self._adapter_id, push.live.version, sequences)
             return
-        if not push.memory_id:
+        if not (push.memory_id or (self._shared and await self._shared.send(push.replica.host, push.stream))):
             await push.stream.send(self._snapshot.payload)
         if prepares:
             push.logprobs = await push.stream.prepare(sequences)

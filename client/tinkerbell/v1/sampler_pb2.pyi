@@ -18,16 +18,18 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class PushAdapterRequest(_message.Message):
-    __slots__ = ("begin", "chunk", "commit", "prepare")
+    __slots__ = ("begin", "chunk", "commit", "prepare", "part")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     PREPARE_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     begin: PushBegin
     chunk: _common_pb2.PayloadChunk
     commit: PushCommit
     prepare: PushPrepare
-    def __init__(self, begin: _Optional[_Union[PushBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., prepare: _Optional[_Union[PushPrepare, _Mapping]] = ...) -> None: ...
+    part: PushPart
+    def __init__(self, begin: _Optional[_Union[PushBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ..., commit: _Optional[_Union[PushCommit, _Mapping]] = ..., prepare: _Optional[_Union[PushPrepare, _Mapping]] = ..., part: _Optional[_Union[PushPart, _Mapping]] = ...) -> None: ...
 
 class PushBegin(_message.Message):
     __slots__ = ("adapter_id", "version", "manifest", "device_memory_id")
@@ -57,6 +59,52 @@ class OpenDeviceMemoryResponse(_message.Message):
     memory_id: str
     def __init__(self, memory_id: _Optional[str] = ...) -> None: ...
 
+class PushPart(_message.Message):
+    __slots__ = ("offset", "size_bytes", "lane_port", "part_id")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANE_PORT_FIELD_NUMBER: _ClassVar[int]
+    PART_ID_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    size_bytes: int
+    lane_port: int
+    part_id: int
+    def __init__(self, offset: _Optional[int] = ..., size_bytes: _Optional[int] = ..., lane_port: _Optional[int] = ..., part_id: _Optional[int] = ...) -> None: ...
+
+class TakePartRequest(_message.Message):
+    __slots__ = ("begin", "chunk")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    begin: PartBegin
+    chunk: _common_pb2.PayloadChunk
+    def __init__(self, begin: _Optional[_Union[PartBegin, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.PayloadChunk, _Mapping]] = ...) -> None: ...
+
+class PartBegin(_message.Message):
+    __slots__ = ("offset", "size_bytes")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    size_bytes: int
+    def __init__(self, offset: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class TakePartResponse(_message.Message):
+    __slots__ = ("accepted", "received")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    accepted: PartAccepted
+    received: PartReceived
+    def __init__(self, accepted: _Optional[_Union[PartAccepted, _Mapping]] = ..., received: _Optional[_Union[PartReceived, _Mapping]] = ...) -> None: ...
+
+class PartAccepted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PartReceived(_message.Message):
+    __slots__ = ("part_id",)
+    PART_ID_FIELD_NUMBER: _ClassVar[int]
+    part_id: int
+    def __init__(self, part_id: _Optional[int] = ...) -> None: ...
+
 class PushPrepare(_message.Message):
     __slots__ = ("probes",)
     PROBES_FIELD_NUMBER: _ClassVar[int]
@@ -78,8 +126,10 @@ class PushAdapterResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[PushAccepted, _Mapping]] = ..., committed: _Optional[_Union[PushCommitted, _Mapping]] = ..., prepared: _Optional[_Union[PushPrepared, _Mapping]] = ...) -> None: ...
 
 class PushAccepted(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("lane_ports",)
+    LANE_PORTS_FIELD_NUMBER: _ClassVar[int]
+    lane_ports: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lane_ports: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PushPrepared(_message.Message):
     __slots__ = ("logprobs",)

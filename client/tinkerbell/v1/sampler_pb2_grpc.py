@@ -603,3 +603,87 @@ class SamplerService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class LaneServiceStub:
+    """Takes parts of payloads beside the sampler, in processes of its own: one Python process takes little more than a
+    gigabyte a second, whatever the number of its streams. A sampler with cores to spare names the ports of its lanes in
+    PushAccepted. Nobody has to use them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.TakePart = channel.stream_stream(
+                '/tinkerbell.v1.LaneService/TakePart',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartResponse.FromString,
+                _registered_method=True)
+
+
+class LaneServiceServicer:
+    """Takes parts of payloads beside the sampler, in processes of its own: one Python process takes little more than a
+    gigabyte a second, whatever the number of its streams. A sampler with cores to spare names the ports of its lanes in
+    PushAccepted. Nobody has to use them.
+    """
+
+    def TakePart(self, request_iterator, context):
+        """Takes one part of a payload: BEGIN, then CHUNKs in order. The lane answers BEGIN with PartAccepted, and the last
+        chunk with PartReceived. It keeps the part until the call ends, however it ends: name it in a PushPart, and end the
+        call when PREPARE or COMMIT has been answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_LaneServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'TakePart': grpc.stream_stream_rpc_method_handler(
+                    servicer.TakePart,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tinkerbell.v1.LaneService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tinkerbell.v1.LaneService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class LaneService:
+    """Takes parts of payloads beside the sampler, in processes of its own: one Python process takes little more than a
+    gigabyte a second, whatever the number of its streams. A sampler with cores to spare names the ports of its lanes in
+    PushAccepted. Nobody has to use them.
+    """
+
+    @staticmethod
+    def TakePart(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tinkerbell.v1.LaneService/TakePart',
+            tinkerbell_dot_v1_dot_sampler__pb2.TakePartRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.TakePartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
