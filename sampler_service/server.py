@@ -77,6 +77,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                 match request.WhichOneof("frame"):
                     case "part":
                         push.add_part(request.part)
+                        await failpoints.reached("push.chunk")
                     case "prepare":
                         yield await self._prepared(push, request.prepare)
                     case "commit":
