@@ -30,8 +30,8 @@ test: lint $(SMOLLM2) ## Lint and every test: half an hour on two cores
 test-faults: $(STAMP) $(SMOLLM2) ## Kill services at every point of a push; docs/faults.md has the last result
 	.venv/bin/pytest -m faults tests/faults
 
-test-fast: $(STAMP) ## The tests that start no engine: under a minute
-	.venv/bin/pytest -m "not engine" tests/unit  # the other folders' imports alone take half a minute
+test-fast: $(STAMP) ## The tests that start no engine and do not wait for seconds: under a minute
+	.venv/bin/pytest -m "not engine and not slow" tests/unit  # the other folders' imports alone take half a minute
 
 # The warnings are those of megatron and transformers.
 bench: $(STAMP) $(SMOLLM2) ## Measure against the alternatives; table, JSON and plot in benchmarks/results

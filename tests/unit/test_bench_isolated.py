@@ -59,6 +59,7 @@ def test_a_process_that_dies_loses_the_row_that_it_was_at(rows) -> None:
     assert first.ours != second.ours
 
 
+@pytest.mark.slow
 def test_a_row_that_takes_too_long_ends_with_all_that_it_started(rows, tmp_path) -> None:
     hung, second = rows([("hangs", "a"), ("second", "a")], limit_seconds=5.0)
     assert hung == "hangs: not there after 5 s"

@@ -21,6 +21,7 @@ def random_bytes(size: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [*SIZES, *(pytest.param(size, marks=kernels.compiled_only) for size in MORE_SIZES)])
 def test_it_is_blake3(size: int) -> None:
     content = random_bytes(size)

@@ -112,6 +112,7 @@ def test_service_that_dies_while_starting_is_reported_with_its_log(service_modul
     assert time.monotonic() - began < 15
 
 
+@pytest.mark.slow
 def test_stubborn_services_are_killed_after_the_grace(service_modules):
     logs = service_modules / "logs"
     services = local_services("stubborn", logs)
@@ -121,6 +122,7 @@ def test_stubborn_services_are_killed_after_the_grace(service_modules):
     assert gone(children_of(logs))
 
 
+@pytest.mark.slow
 def test_services_that_are_never_ready_time_out(service_modules):
     (service_modules / "sampler_service.py").write_text("import time; time.sleep(100)")
     services = local_services("tiny", service_modules / "logs")
@@ -138,6 +140,7 @@ def test_taken_address_is_noticed_before_anything_starts(fakes, service_modules)
         services.start()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_up_shows_where_to_go_and_stops_cleanly(service_modules, number):
     trainer, sampler, logs = free_address(), free_address(), service_modules / "logs"

@@ -49,6 +49,7 @@ def python(tmp_path_factory):
     return environment / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_base_install_trains_without_torch_googleapis_or_rich(python, tmp_path):
     with Fakes().running() as fakes:
         done = subprocess.run(

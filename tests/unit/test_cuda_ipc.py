@@ -92,6 +92,7 @@ async def test_a_sampler_that_does_not_takes_chunks_and_the_answer_says_why(chec
         assert without.live() == world.live() == {1: 1.0}
 
 
+@pytest.mark.slow
 async def test_samplers_beside_it_get_parts_from_relays(checkpoint):
     relays, lanes = Relays(2, least_bytes=1), Lanes("127.0.0.1", 2)
     await asyncio.gather(relays.started(), lanes.started())

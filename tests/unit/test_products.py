@@ -167,6 +167,7 @@ def test_the_loop_equals_autograd_in_float64(layer: Layer) -> None:
 
 
 @by_layer
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
