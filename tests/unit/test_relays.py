@@ -39,7 +39,7 @@ async def relays(running, monkeypatch):
         patch.setattr(relays_module, "_PIECE_BYTES", 50)
         patch.setattr(relays, "close", lambda: asyncio.sleep(0))
         yield relays
-    assert relays._buffers.used_bytes == 0
+    assert relays._staging.used_bytes == 0
 
 
 @pytest.fixture

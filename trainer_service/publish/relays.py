@@ -72,36 +72,37 @@ class _Piece(NamedTuple):
 
 
 class SharedPayload:
-    """A payload on its way to memory that the relays read, and from there to samplers."""
+    """A payload that goes to memory that the relays read, and from there to samplers."""
 
     def __init__(
         self,
         snapshot: Snapshot,
-        buffer: StagingBuffer,
+        staging: StagingPool,
         relays: Iterator[Relay],
         parts_per_sampler: int,
         unreachable: set[tuple[str, int]],
     ):
-        """Begins to copy it. `buffer`: of its size; `relays`: to take in turn, without end; `unreachable`: lanes, by
-        host and port.
-        """
-        self._buffer = buffer
+        """`relays`: to take in turn, without end; `unreachable`: lanes, by host and port."""
+        self._snapshot = snapshot
+        self._staging = staging
         self._relays = relays
         self._parts_per_sampler = parts_per_sampler
         self._unreachable = unreachable
-        self._pieces = [self._piece(snapshot, start) for start in range(0, buffer.size_bytes, _PIECE_BYTES)]
+        self._buffer: StagingBuffer | None = None
+        self._pieces: list[_Piece] = []
         self._calls: list[Any] = []
 
     async def send(self, host: str, push: PushStream) -> bool:
         """Sends the payload of a push to lanes of a sampler's host. False when that cannot be, and nothing has been."""
         ports = [port for port in push.lane_ports if (host, port) not in self._unreachable]
-        ports = ports[: min(self._parts_per_sampler, len(self._pieces))]
         if not ports:
             return False
+        buffer = self._buffer or self._begin_to_copy()
+        ports = ports[: min(self._parts_per_sampler, len(self._pieces))]
         bounds = [len(self._pieces) * index // len(ports) for index in range(len(ports) + 1)]
         stretches = [self._pieces[start:end] for start, end in itertools.pairwise(bounds)]
         sending = [
-            asyncio.create_task(self._send_part(host, port, stretch))
+            asyncio.create_task(self._send_part(host, port, buffer.path, stretch))
             for port, stretch in zip(ports, stretches, strict=True)
         ]
         try:
@@ -121,18 +122,23 @@ class SharedPayload:
         """Frees the memory, here once nothing is copied any more: what has begun goes on when nobody wants it."""
         for call in self._calls:
             call.cancel()
-        copying = asyncio.gather(*(piece.copying for piece in self._pieces), return_exceptions=True)
-        copying.add_done_callback(lambda _: self._buffer.close())
+        if buffer := self._buffer:
+            copying = asyncio.gather(*(piece.copying for piece in self._pieces), return_exceptions=True)
+            copying.add_done_callback(lambda _: buffer.close())
 
-    def _piece(self, snapshot: Snapshot, start: int) -> _Piece:
-        end = min(start + _PIECE_BYTES, self._buffer.size_bytes)
-        copying = asyncio.to_thread(_copy, snapshot, self._buffer.view, start, end)
-        return _Piece(start, end, asyncio.create_task(copying))
+    def _begin_to_copy(self) -> StagingBuffer:
+        size = self._snapshot.manifest.size_bytes
+        buffer = self._buffer = self._staging.take(size)
+        for start in range(0, size, _PIECE_BYTES):
+            end = min(start + _PIECE_BYTES, size)
+            copying = asyncio.create_task(asyncio.to_thread(_copy, self._snapshot, buffer.view, start, end))
+            self._pieces.append(_Piece(start, end, copying))
+        return buffer
 
-    async def _send_part(self, host: str, port: int, pieces: Sequence[_Piece]) -> sampler_pb2.PushPart:
-        """Sends the pieces as one part, whose call stays open."""
+    async def _send_part(self, host: str, port: int, path: str, pieces: Sequence[_Piece]) -> sampler_pb2.PushPart:
+        """Sends the pieces, of the memory at `path`, as one part, whose call stays open."""
         start, end = pieces[0].start, pieces[-1].end
-        metadata = ((relay.LANE_KEY, f"{host}:{port}"), (relay.PAYLOAD_KEY, self._buffer.path))
+        metadata = ((relay.LANE_KEY, f"{host}:{port}"), (relay.PAYLOAD_KEY, path))
         method: Any = next(self._relays).channel.stream_stream(relay.METHOD)  # its stub asks for serializers
         call = method(timeout=PUSH_SECONDS, metadata=metadata)
         self._calls.append(call)
@@ -163,24 +169,19 @@ class Relays(Children[Relay]):
         self._folder = tempfile.TemporaryDirectory(prefix="tinkerbell-relays-")
         super().__init__([Relay(Path(self._folder.name, str(index))) for index in range(count)])
         self._least_bytes = least_bytes
-        self._buffers = StagingPool()
+        self._staging = StagingPool()
         self._unreachable: set[tuple[str, int]] = set()
 
     @contextlib.asynccontextmanager
     async def shared(self, snapshot: Snapshot, num_samplers: int) -> AsyncIterator[SharedPayload | None]:
-        """The snapshot's payload for so many samplers, until the block ends; None where one process does as well.
-
-        It is copied while the samplers answer BEGIN, and while what has been copied is sent.
-        """
-        size = snapshot.manifest.size_bytes
-        relays = self.running() if num_samplers and size >= self._least_bytes else []
+        """The snapshot's payload for so many samplers, until the block ends; None where one process does as well."""
+        is_large = snapshot.manifest.size_bytes >= self._least_bytes
+        relays = self.running() if num_samplers and is_large else []
         if len(relays) < 2:
             yield None
             return
         parts_per_sampler = max(1, len(relays) // num_samplers)
-        payload = SharedPayload(
-            snapshot, self._buffers.take(size), itertools.cycle(relays), parts_per_sampler, self._unreachable
-        )
+        payload = SharedPayload(snapshot, self._staging, itertools.cycle(relays), parts_per_sampler, self._unreachable)
         try:
             yield payload
         finally:
