@@ -1,30 +1,23 @@
 """A sampler's lanes, which take parts of payloads side by side."""
 
-import os
-
 from sampler_service import lane
 from service_common import staging
-from service_common.children import Child, Children
+from service_common.children import Child, Children, suitable
 from tinkerbell.payload import PayloadError
 from tinkerbell.v1 import sampler_pb2
 
-# A quarter of the cores at most; with more than four, what they share with each other is what takes the time.
-_CORES_PER_LANE = 4
+# With more of them, what they share with each other is what takes the time.
 _MOST = 4
 
 
-class Lane(Child):
-    """One of them."""
-
-
-class Lanes(Children[Lane]):
+class Lanes(Children[Child]):
     """Those of one sampler; none where there are too few cores for two."""
 
     def __init__(self, host: str, count: int | None = None):
         """`host`: to listen on, at ports that the system chooses. `count`: None for what suits the cores."""
         if count is None:
-            count = min(_MOST, len(os.sched_getaffinity(0)) // _CORES_PER_LANE)
-        super().__init__([Lane(lane.__name__, f"{host}:0") for _ in range(count if count > 1 else 0)])
+            count = suitable(_MOST)
+        super().__init__([Child(lane.__name__, f"{host}:0") for _ in range(count if count > 1 else 0)])
 
     def ports(self) -> list[int]:
         """Of those that serve now."""

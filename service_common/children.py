@@ -5,6 +5,7 @@ A Python process takes or sends little more than a gigabyte a second by gRPC, wh
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,14 @@ from service_common.rpc import MAX_MESSAGE_BYTES, ErrorInterceptor
 log = structlog.get_logger(__name__)
 
 _START_SECONDS = 30.0
+# One of them moves bytes, while the others are left to the services on this host.
+_CORES_PER_CHILD = 4
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+
+
+def suitable(most: int) -> int:
+    """How many of a kind suit this host's cores."""
+    return min(most, len(os.sched_getaffinity(0)) // _CORES_PER_CHILD)
 
 
 async def serve(listen: str, add_service: Callable[[grpc.aio.Server], None]) -> None:
@@ -44,7 +52,8 @@ class Child:
 
     def __init__(self, module: str, listen: str):
         """`module`: runs `serve` when it is the main one, with `listen` as its argument."""
-        self._command = (sys.executable, "-m", module, listen)
+        self.module = module
+        self.listen = listen
         self._process: asyncio.subprocess.Process | None = None
         self.pid = self.port = 0
 
@@ -58,7 +67,10 @@ class Child:
         await self._end()
         # It has a session of its own, so that a signal from the terminal ends the service first.
         self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+            *(sys.executable, "-m", self.module, self.listen),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
         assert self._process.stdout is not None
         async with asyncio.timeout(_START_SECONDS):
@@ -112,9 +124,9 @@ class Children[Kind: Child]:
     async def _start(self, child: Kind) -> None:
         try:
             await child.start()
-            log.info("child_started", kind=type(child).__name__, pid=child.pid)
+            log.info("child_started", module=child.module, pid=child.pid)
         except Exception as failure:
-            log.warning("child_given_up", kind=type(child).__name__, error=repr(failure))
+            log.warning("child_given_up", module=child.module, error=repr(failure))
             self._children.remove(child)
             await child.close()
         finally:

@@ -73,10 +73,15 @@ class _Stream:
             raise from_rpc_error(await self._status.error(error), self._receiver) from error
         return True
 
-    async def _send(self, payload: bytes | memoryview, start: int = 0, end: int | None = None) -> None:
+    async def send(self, payload: bytes | memoryview, start: int = 0, end: int | None = None) -> None:
+        """Sends a payload, or its bytes from `start` to `end`; what has been announced, whole or in order."""
         for frame in chunk_frames(payload, start, end):
             if not await self._write(frame):
                 return  # the next step hears why
+
+    def close(self) -> None:
+        """Ends the call. A push before its commit leaves nothing on the sampler, and a lane frees what it has."""
+        self._call.cancel()
 
 
 class PushStream(_Stream):
@@ -104,10 +109,6 @@ class PushStream(_Stream):
         await self._end()
         return answer.committed
 
-    async def send(self, payload: bytes | memoryview) -> None:
-        """Sends the whole payload."""
-        await self._send(payload)
-
     async def add_part(self, part: sampler_pb2.PushPart) -> None:
         """Names a part that a lane has, in place of sending it."""
         await self._write(sampler_pb2.PushAdapterRequest(part=part))
@@ -126,10 +127,6 @@ class PushStream(_Stream):
         answer = await self._step(sampler_pb2.PushAdapterRequest(commit=sampler_pb2.PushCommit()), "committed")
         await self._end()
         return answer.committed
-
-    def close(self) -> None:
-        """Ends the push. Before the commit, that leaves nothing on the sampler."""
-        self._call.cancel()
 
     async def _step(self, request: sampler_pb2.PushAdapterRequest, *expected: str) -> sampler_pb2.PushAdapterResponse:
         answer = await self._ask(request)
@@ -155,17 +152,9 @@ class PartStream(_Stream):
         begin = sampler_pb2.PartBegin(offset=start, size_bytes=end - start)
         await self._ask(sampler_pb2.TakePartRequest(begin=begin))
 
-    async def send(self, payload: bytes | memoryview, start: int, end: int) -> None:
-        """Sends the payload's bytes from `start` to `end`: the whole part, or in order stretches of it."""
-        await self._send(payload, start, end)
-
     async def received(self) -> int:
         """The part's id, once the lane has all of it."""
         return (await self._answer()).received.part_id
-
-    def close(self) -> None:
-        """Frees what the lane has."""
-        self._call.cancel()
 
 
 def _serialized(request: sampler_pb2.PushAdapterRequest | sampler_pb2.TakePartRequest | bytes) -> bytes:

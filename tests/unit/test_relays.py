@@ -27,7 +27,9 @@ async def running():
     relays, lanes = Relays(2, least_bytes=1), Lanes("127.0.0.1", 2)
     await asyncio.gather(relays.started(), lanes.started())
     yield relays, lanes
+    pids = [child.pid for child in (*relays.running(), *lanes.running())]
     await asyncio.gather(relays.close(), lanes.close())
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.parity import Difference, Probe
 from trainer_service.publish.relays import Relays
 from trainer_service.publish.replica import Replica, Served
-from trainer_service.publish.transaction import ReplicaOutcome, ReplicaState, Transaction, Transport, goes_over_grpc
+from trainer_service.publish.transaction import ReplicaOutcome, ReplicaState, Transaction, Transport
 from trainer_service.snapshot import Snapshot
 
 if TYPE_CHECKING:  # needs CUDA's library
@@ -197,7 +197,8 @@ class Publisher:
             current = adapter.current
             number = current.version if current and current.digest == digest else self._next(adapter)
             replicas = self._in_order()
-            num_over_grpc = sum(goes_over_grpc(replica, staged) for replica in replicas)
+            # As far as is known before the push.
+            num_over_grpc = sum(staged is None or not staged.reaches(replica) for replica in replicas)
             async with self._relays.shared(snapshot, num_over_grpc) as shared:
                 transaction = Transaction(adapter_id, snapshot, replicas, probe, staged, transport, shared)
                 version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))

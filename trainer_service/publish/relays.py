@@ -7,7 +7,6 @@ a process for each stream they take 0.20 s to four (a trainer on four H200, 64 c
 import asyncio
 import contextlib
 import itertools
-import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import grpc
 import numpy as np
 import structlog
 
-from service_common.children import Child, Children
+from service_common.children import Child, Children, suitable
 from service_common.staging import StagingBuffer, StagingPool
 from tinkerbell.push import PushStream
 from tinkerbell.v1 import sampler_pb2
@@ -31,8 +30,6 @@ _LEAST_BYTES = 16 << 20  # what one process sends in the time that the detour ta
 _PIECE_BYTES = 8 << 20  # a relay sends one while others are still being copied
 # A lane that a firewall hides does not answer. The payload then goes with the push itself.
 _ACCEPT_SECONDS = 2.0
-# One of them sends, while the others are left to the trainer and to samplers on this host.
-_CORES_PER_RELAY = 4
 _MOST = 8
 
 
@@ -41,7 +38,6 @@ class Relay(Child):
 
     def __init__(self, socket: Path):
         super().__init__(relay.__name__, f"unix:{socket}")
-        self._address = f"unix:{socket}"
         self._channels: list[grpc.aio.Channel] = []
 
     @property
@@ -54,7 +50,7 @@ class Relay(Child):
         await super().start()
         # It knows nothing of the process before it, as a pool of connections would. That one's channel stays: to close
         # it would cancel the pushes that have not heard yet that the process is gone.
-        self._channels.append(grpc.aio.insecure_channel(self._address, [("grpc.use_local_subchannel_pool", 1)]))
+        self._channels.append(grpc.aio.insecure_channel(self.listen, [("grpc.use_local_subchannel_pool", 1)]))
 
     async def close(self) -> None:
         """As Child's."""
@@ -164,7 +160,7 @@ class Relays(Children[Relay]):
         that is worth it.
         """
         if count is None:
-            count = min(_MOST, len(os.sched_getaffinity(0)) // _CORES_PER_RELAY)
+            count = suitable(_MOST)
         # No other user may have a relay read files.
         self._folder = tempfile.TemporaryDirectory(prefix="tinkerbell-relays-")
         super().__init__([Relay(Path(self._folder.name, str(index))) for index in range(count)])

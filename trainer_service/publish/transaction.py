@@ -290,11 +290,6 @@ class Transaction:
         return Transport.CUDA_IPC if push.memory_id else Transport.GRPC
 
 
-def goes_over_grpc(replica: Replica, staged: "Staged | None") -> bool:
-    """Whether a payload has to, as far as is known before the push."""
-    return staged is None or not staged.reaches(replica)
-
-
 def _nobody_there(adapter_id: str, pushes: Sequence[_Push]) -> ServiceError:
     return errors.unavailable(
         "SAMPLER_UNREACHABLE",
