@@ -254,7 +254,7 @@ async def test_a_part_that_is_not_what_was_announced_installs_nothing(checkpoint
     world = World(checkpoint)
     manifest, data = adapter(checkpoint, 1)
     world.pushes.lanes.part = data if lost != "bytes" else data[:-1] + b"?"
-    named = part(lost == "order", len(data) + (lost == "size"), 2 if lost == "id" else 1)
+    named = part(int(lost == "order"), len(data) + (lost == "size"), 2 if lost == "id" else 1)
     with contextlib.closing(world.pushes.begin("a", 1, manifest)) as push, pytest.raises(ServiceError) as refused:
         push.add_part(named)
         await push.commit()
