@@ -94,6 +94,8 @@ class Pushes:
             lambda: self._open.remove(adapter_id),
         )
         self._open.add(adapter_id)
+        if memory_id:
+            push.start()  # all is there; the workers have it by the time that the caller asks for it
         return push
 
     def _check(self, layout: bytes) -> tuple[common_pb2.LoraConfig, bytes]:
@@ -160,12 +162,18 @@ class Push:
             target = self._expecting().room(part.offset, part.size_bytes)
         self._reading.append(asyncio.create_task(asyncio.to_thread(self._lanes.read, part, target)))
 
+    def start(self) -> asyncio.Task[None]:
+        """Begins to bring the payload, all of which has come, into every rank; what `prepare` and `commit` wait for."""
+        if self._installing is None:
+            self._installing = asyncio.create_task(self._prove_and_install())
+        return self._installing
+
     async def prepare(self) -> Version:
         """Brings the version into every rank without making it live.
 
         DATA_LOSS when the payload is not what was announced, INVALID_ARGUMENT when its numbers are not finite.
         """
-        await asyncio.shield(self._start())
+        await asyncio.shield(self.start())
         return self._version
 
     async def commit(self) -> Version:
@@ -174,7 +182,7 @@ class Push:
         Once begun it runs to its end, even if the caller is cancelled: a half-installed version helps nobody, and a
         caller that never heard the answer finds the digest live when it pushes again.
         """
-        self._committing = asyncio.create_task(self._publish_after(self._start()))
+        self._committing = asyncio.create_task(self._publish_after(self.start()))
         await asyncio.shield(self._committing)
         return self._version
 
@@ -187,11 +195,6 @@ class Push:
             _when_done(asyncio.gather(*self._reading, return_exceptions=True), self._abandon)
         else:
             self._abandon()
-
-    def _start(self) -> asyncio.Task[None]:
-        if self._installing is None:
-            self._installing = asyncio.create_task(self._prove_and_install())
-        return self._installing
 
     async def _prove_and_install(self) -> None:
         # All of them, also when one fails: they write to memory that is free after that.

@@ -191,6 +191,32 @@ async def test_a_prepare_that_outlives_its_caller_leaves_nothing(checkpoint):
     assert (await world.push(1, manifest, small_chunks(data))).version == 1
 
 
+async def test_a_payload_in_gpu_memory_is_installed_ahead_and_only_its_commit_makes_it_live(checkpoint):
+    world = World(checkpoint)
+    manifest, _ = adapter(checkpoint, 1)
+    for commits in (False, True):
+        with contextlib.closing(world.pushes.begin("a", 1, manifest, "memory")) as push:
+            await asyncio.sleep(0.01)
+            assert list(world.engine.installed) == [1]
+            assert world.registry.adapters() == {}
+            if commits:
+                await push.commit()
+        assert (world.registry.latest("a") is not None) == commits
+        assert bool(world.engine.installed) == commits
+        assert bool(staged_bytes()) == commits
+
+
+async def test_an_installation_ahead_that_fails_is_heard_of_by_whoever_asks(checkpoint):
+    world = World(checkpoint)
+    world.engine.error = RuntimeError("no")
+    with contextlib.closing(world.pushes.begin("a", 1, adapter(checkpoint, 1)[0], "memory")) as push:
+        await asyncio.sleep(0.01)
+        with pytest.raises(RuntimeError, match="no"):
+            await push.prepare()
+    assert staged_bytes() == 0
+    world.pushes.begin("a", 1, adapter(checkpoint, 1)[0]).close()
+
+
 async def test_the_same_digest_again_moves_nothing(checkpoint):
     world = World(checkpoint)
     manifest, data = adapter(checkpoint, 1)
