@@ -4,6 +4,7 @@ import json
 import random
 import threading
 import typing
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sampler_service.push import AlreadyLive, Pushes
+from sampler_service.push import AlreadyLive, Push, Pushes
 from sampler_service.versions import Registry
 from service_common.checkpoint import Checkpoint
 from service_common.errors import Code, ServiceError
@@ -153,21 +154,31 @@ async def test_a_committed_push_is_live_and_the_engine_had_its_bytes(checkpoint)
     assert staged_bytes() == 0
 
 
-async def test_a_prepared_push_is_in_the_engine_and_only_its_commit_makes_it_live(checkpoint):
-    world = World(checkpoint)
-    manifest, data = adapter(checkpoint, 1)
+async def check_only_a_commit_makes_it_live(world: World, installed: Callable[[], Awaitable[Push]]) -> None:
+    """`installed`: begins a push of version 1, and returns when the engine has it."""
     for commits in (False, True):
-        with contextlib.closing(world.pushes.begin("a", 1, manifest)) as push:
-            for chunk in small_chunks(data):
-                push.add(chunk)
-            assert (await push.prepare()).digest == manifest.digest
-            assert world.engine.installed == {1: data}
+        with contextlib.closing(await installed()) as push:
             assert world.registry.adapters() == {}
             if commits:
                 await push.commit()
         assert (world.registry.latest("a") is not None) == commits
         assert bool(world.engine.installed) == commits
         assert bool(staged_bytes()) == commits
+
+
+async def test_a_prepared_push_is_in_the_engine_and_only_its_commit_makes_it_live(checkpoint):
+    world = World(checkpoint)
+    manifest, data = adapter(checkpoint, 1)
+
+    async def installed():
+        push = world.pushes.begin("a", 1, manifest)
+        for chunk in small_chunks(data):
+            push.add(chunk)
+        assert (await push.prepare()).digest == manifest.digest
+        assert world.engine.installed == {1: data}
+        return push
+
+    await check_only_a_commit_makes_it_live(world, installed)
 
 
 async def test_a_prepare_that_outlives_its_caller_leaves_nothing(checkpoint):
@@ -193,17 +204,14 @@ async def test_a_prepare_that_outlives_its_caller_leaves_nothing(checkpoint):
 
 async def test_a_payload_in_gpu_memory_is_installed_ahead_and_only_its_commit_makes_it_live(checkpoint):
     world = World(checkpoint)
-    manifest, _ = adapter(checkpoint, 1)
-    for commits in (False, True):
-        with contextlib.closing(world.pushes.begin("a", 1, manifest, "memory")) as push:
-            await asyncio.sleep(0.01)
-            assert list(world.engine.installed) == [1]
-            assert world.registry.adapters() == {}
-            if commits:
-                await push.commit()
-        assert (world.registry.latest("a") is not None) == commits
-        assert bool(world.engine.installed) == commits
-        assert bool(staged_bytes()) == commits
+
+    async def installed():
+        push = world.pushes.begin("a", 1, adapter(checkpoint, 1)[0], "memory")
+        await asyncio.sleep(0.01)
+        assert list(world.engine.installed) == [1]
+        return push
+
+    await check_only_a_commit_makes_it_live(world, installed)
 
 
 async def test_an_installation_ahead_that_fails_is_heard_of_by_whoever_asks(checkpoint):
