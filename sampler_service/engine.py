@@ -304,7 +304,8 @@ class Engine:
 
     async def _drop(self, version: Version) -> None:
         await asyncio.sleep(_DROP_GRACE_SECONDS)
-        await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
+        with contextlib.suppress(errors.ServiceError):  # where vLLM has died nothing is left of it
+            await self._on_all_ranks("tinkerbell_drop", version.uri, version.lora_id)
         version.payload.close()
         log.info("version_dropped", adapter_id=version.adapter_id, version=version.version)
 
