@@ -158,11 +158,11 @@ async def _push(world: World, folder: Path) -> None:
 # Pushes
 
 
-async def _pushes(world: World, number: int) -> None:
+async def _pushes(world: World, number: int, transport: Transport = "auto") -> None:
     """Of new weights each, as soon as one has followed the other."""
     for _ in range(number):
         await world.train(1, 16)
-        await world.run.sync_adapter_to_vllm()
+        await world.run.sync_adapter_to_vllm(transport=transport)
     await asyncio.sleep(3)  # a version that nobody uses goes after a second
 
 
@@ -191,7 +191,8 @@ def push_vs_disk(quick: bool, transport: Transport, wanted: float) -> Row:
     world = _world(_folder(quick))
     disk = Disk(world)
     syncs, sent = [], []
-    world.do(functools.partial(_pushes, world, 2 if quick else 20))  # until every buffer has been used
+    # Until every buffer has been used, and the processes run that help.
+    world.do(functools.partial(_pushes, world, 2 if quick else 20, transport))
 
     async def ours() -> None:
         started = time.perf_counter()
