@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from unittest.mock import Mock
+import threading
 
 import psutil
 import pytest
@@ -34,11 +34,11 @@ async def running():
 
 @pytest.fixture
 async def relays(running, monkeypatch):
-    """They stay when a publisher closes them, and have given all memory back. A payload is three pieces."""
+    """They stay when a publisher closes them, and have given all memory back. A payload is three parts."""
     relays, _ = running
     await relays.started()
     with monkeypatch.context() as patch:
-        patch.setattr(relays_module, "_PIECE_BYTES", 50)
+        patch.setattr(relays_module, "_PART_BYTES", 50)
         patch.setattr(relays, "close", lambda: asyncio.sleep(0))
         yield relays
     assert relays._staging.used_bytes == 0
@@ -48,9 +48,14 @@ async def relays(running, monkeypatch):
 def parts(running, monkeypatch):
     """What samplers have read from lanes."""
     _, lanes = running
-    read = Mock(side_effect=lanes.read)
-    monkeypatch.setattr(lanes, "read", read)
-    return read
+    read, done = lanes.read, []
+
+    def remember(part, target):
+        read(part, target)
+        done.append(part)
+
+    monkeypatch.setattr(lanes, "read", remember)
+    return done
 
 
 @pytest.fixture
@@ -66,9 +71,34 @@ async def test_one_sampler_gets_its_payload_in_parts_side_by_side(samplers, chec
         published = await publisher.publish("a", snapshot(checkpoint, 1))
     size = snapshot(checkpoint, 1).manifest.size_bytes
     assert published.sent_bytes == size
-    taken = sorted((part.offset, part.size_bytes) for part, _ in (call.args for call in parts.call_args_list))
-    assert taken == [(0, 50), (50, size - 50)]
+    assert sorted((part.offset, part.size_bytes) for part in parts) == [(0, 50), (50, 50), (100, size - 100)]
+    assert len({part.lane_port for part in parts}) == 2
     assert samplers[0].live() == {1: 1.0}
+
+
+async def test_parts_are_read_while_others_are_on_their_way_and_chunks_bring_what_lanes_do_not(
+    samplers, checkpoint, relays, parts, running, monkeypatch
+):
+    copy, go = relays_module._copy, threading.Event()
+
+    def copy_the_last_one_late(snapshot, shared, start, end):
+        if start == 100:
+            assert go.wait(10)
+        copy(snapshot, shared, start, end)
+
+    monkeypatch.setattr(relays_module, "_copy", copy_the_last_one_late)
+    async with publishing(samplers[:1], relays=relays) as publisher:
+        push = asyncio.create_task(publisher.publish("a", snapshot(checkpoint, 1)))
+        await until(lambda: len(parts) == 2)
+        lanes = [psutil.Process(lane.pid) for lane in running[1].running()]
+        for lane in lanes:
+            lane.kill()
+        psutil.wait_procs(lanes)
+        go.set()
+        await push
+    assert samplers[0].live() == {1: 1.0}
+    assert len(parts) == 2
+    await until(lambda: len(running[1].ports()) == 2)
 
 
 async def test_a_version_reaches_more_samplers_than_there_are_relays(samplers, checkpoint, relays):
@@ -93,7 +123,7 @@ async def test_without_relays_a_version_goes_out_all_the_same(samplers, checkpoi
             published = await publisher.publish("a", snapshot(checkpoint, content))
             assert [outcome.state for outcome in published.replicas] == [ReplicaState.COMMITTED] * 3
     assert not relays.running()
-    assert not parts.called
+    assert not parts
 
 
 async def test_a_sampler_without_lanes_gets_chunks(samplers, checkpoint, relays, parts):
@@ -101,7 +131,7 @@ async def test_a_sampler_without_lanes_gets_chunks(samplers, checkpoint, relays,
     async with publishing([alone, samplers[0]], relays=relays) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1))
     assert [world.live() for world in (alone, samplers[0])] == [{1: 1.0}] * 2
-    assert parts.call_count == 1
+    assert len(parts) == 3
     await alone.stop()
 
 
@@ -118,7 +148,7 @@ async def test_lanes_that_do_not_answer_are_passed_by(samplers, checkpoint, rela
     for lane in stopped:
         lane.resume()
     assert samplers[0].live() == {1: 1.0, 2: 2.0}
-    assert not parts.called
+    assert not parts
 
 
 async def test_a_lane_that_is_gone_is_done_without(samplers, checkpoint, relays, parts, running):
@@ -133,7 +163,7 @@ async def test_a_lane_that_is_gone_is_done_without(samplers, checkpoint, relays,
         async with publishing(samplers[:1], relays=relays) as publisher:
             await publisher.publish("a", snapshot(checkpoint, 1))
     assert samplers[0].live() == {1: 1.0}
-    assert not parts.called
+    assert not parts
     await until(lambda: len(lanes.ports()) == 2)
 
 
@@ -193,7 +223,7 @@ async def test_a_relay_that_is_killed_is_started_again(samplers, checkpoint, rel
         assert [outcome.state for outcome in publication.replicas] == [ReplicaState.COMMITTED] * 3
         await until(lambda: len(relays.running()) == 2)
         assert killed.pid != pid
-        parts.reset_mock()
+        parts.clear()
         await publisher.publish("a", snapshot(checkpoint, 2))
-    assert parts.call_count == 3
+    assert len(parts) == 9
     assert [world.live() for world in samplers] == [{1: 1.0, 2: 2.0}] * 3

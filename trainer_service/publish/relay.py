@@ -19,8 +19,8 @@ from tinkerbell.push import PartStream
 from trainer_service.publish import channels
 
 METHOD = "/tinkerbell.Relay/SendPart"
-# Where a stretch of the payload starts and ends: of the whole part first, then of each piece of it that is there.
-STRETCH = struct.Struct("<QQ")
+# The request: where the part starts and ends in the payload.
+RANGE = struct.Struct("<QQ")
 # The second answer. The first one is empty, and says that the lane has accepted the part.
 PART_ID = struct.Struct("<Q")
 # In the call's metadata: the lane's HOST:PORT, and the file with the payload.
@@ -29,20 +29,18 @@ LANE_KEY, PAYLOAD_KEY = "lane", "payload"
 _channel_to = functools.cache(channels.to_sampler)
 
 
-async def _send_part(stretches: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-    """The lane keeps the part as long as this call lasts."""
+async def _send_part(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    """The lane keeps the part as long as this call lasts, which the trainer ends."""
     wanted = {key: str(value) for key, value in context.invocation_metadata() or ()}
     payload = _mapped(Path(wanted[PAYLOAD_KEY]))
-    start, end = STRETCH.unpack(await anext(aiter(stretches)))
+    start, end = RANGE.unpack(request)
     part = PartStream(_channel_to(wanted[LANE_KEY]), context.time_remaining())
     try:
         await part.begin(start, end)
         yield b""
-        async for stretch in stretches:
-            piece_start, piece_end = STRETCH.unpack(stretch)
-            await part.send(payload, piece_start, piece_end)
-            if piece_end == end:
-                yield PART_ID.pack(await part.received())
+        await part.send(payload, start, end)
+        yield PART_ID.pack(await part.received())
+        await asyncio.Event().wait()
     except TinkerbellError as failure:
         await context.abort(failure.code, str(failure))
     finally:
@@ -56,7 +54,7 @@ def _mapped(path: Path) -> memoryview:
 
 def _add_to_server(server: grpc.aio.Server) -> None:
     service, method = METHOD.removeprefix("/").split("/")
-    server.add_registered_method_handlers(service, {method: grpc.stream_stream_rpc_method_handler(_send_part)})
+    server.add_registered_method_handlers(service, {method: grpc.unary_stream_rpc_method_handler(_send_part)})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from trainer_service.snapshot import Snapshot
 log = structlog.get_logger(__name__)
 
 _LEAST_BYTES = 16 << 20  # what one process sends in the time that the detour takes
-_PIECE_BYTES = 8 << 20  # a relay sends one while others are still being copied
+_PART_BYTES = 8 << 20
+_PARTS_PER_ROUTE = 2  # one is announced while the other one is sent
 # A lane that a firewall hides does not answer. The payload then goes with the push itself.
 _ACCEPT_SECONDS = 2.0
 _MOST = 8
@@ -59,12 +60,20 @@ class Relay(Child):
         await super().close()
 
 
-class _Piece(NamedTuple):
+class _Part(NamedTuple):
     """Of a payload, from byte `start` to `end`; in shared memory when `copying` has ended."""
 
     start: int
     end: int
     copying: asyncio.Task[None]
+
+
+class _Route(NamedTuple):
+    """A relay, and the lane at HOST:PORT that it sends to."""
+
+    relay: Relay
+    host: str
+    port: int
 
 
 class SharedPayload:
@@ -75,81 +84,91 @@ class SharedPayload:
         snapshot: Snapshot,
         staging: StagingPool,
         relays: Iterator[Relay],
-        parts_per_sampler: int,
+        routes_per_sampler: int,
         unreachable: set[tuple[str, int]],
     ):
         """`relays`: to take in turn, without end; `unreachable`: lanes, by host and port."""
         self._snapshot = snapshot
         self._staging = staging
         self._relays = relays
-        self._parts_per_sampler = parts_per_sampler
+        self._routes_per_sampler = routes_per_sampler
         self._unreachable = unreachable
         self._buffer: StagingBuffer | None = None
-        self._pieces: list[_Piece] = []
+        self._parts: list[_Part] = []
         self._calls: list[Any] = []
 
-    async def send(self, host: str, push: PushStream) -> bool:
-        """Sends the payload of a push to lanes of a sampler's host. False when that cannot be, and nothing has been."""
+    async def send(self, host: str, push: PushStream) -> int:
+        """Sends the payload of a push to lanes of a sampler's host, as far as that can be; the rest is the caller's.
+
+        Returns where the rest starts. The sampler reads each part while the next ones are still on their way.
+        """
         ports = [port for port in push.lane_ports if (host, port) not in self._unreachable]
         if not ports:
-            return False
+            return 0
         buffer = self._buffer or self._begin_to_copy()
-        ports = ports[: min(self._parts_per_sampler, len(self._pieces))]
-        bounds = [len(self._pieces) * index // len(ports) for index in range(len(ports) + 1)]
-        stretches = [self._pieces[start:end] for start, end in itertools.pairwise(bounds)]
-        sending = [
-            asyncio.create_task(self._send_part(host, port, buffer.path, stretch))
-            for port, stretch in zip(ports, stretches, strict=True)
-        ]
+        routes = [_Route(next(self._relays), host, port) for port in ports[: self._routes_per_sampler]]
+        free: asyncio.Queue[_Route] = asyncio.Queue()
+        for route in routes * _PARTS_PER_ROUTE:
+            free.put_nowait(route)
+        sending = [asyncio.create_task(self._send_part(part, buffer.path, free)) for part in self._parts]
+        sent = 0
         try:
-            parts = await asyncio.gather(*sending)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as failure:
+            for task in sending:
+                part = await task
+                await push.add_part(part)
+                sent = part.offset + part.size_bytes
+        except (grpc.aio.AioRpcError, TimeoutError) as failure:
             reason = failure.details() if isinstance(failure, grpc.aio.AioRpcError) else repr(failure)
-            log.warning("lanes_failed", host=host, ports=ports, error=reason)
-            return False
+            log.warning("lanes_failed", host=host, ports=ports, sent_bytes=sent, error=reason)
         finally:
             for task in sending:
                 task.cancel()
-        for part in parts:
-            await push.add_part(part)
-        return True
+            await asyncio.gather(*sending, return_exceptions=True)
+        return sent
 
     def close(self) -> None:
         """Frees the memory, here once nothing is copied any more: what has begun goes on when nobody wants it."""
         for call in self._calls:
             call.cancel()
         if buffer := self._buffer:
-            copying = asyncio.gather(*(piece.copying for piece in self._pieces), return_exceptions=True)
+            copying = asyncio.gather(*(part.copying for part in self._parts), return_exceptions=True)
             copying.add_done_callback(lambda _: buffer.close())
 
     def _begin_to_copy(self) -> StagingBuffer:
         size = self._snapshot.manifest.size_bytes
         buffer = self._buffer = self._staging.take(size)
-        for start in range(0, size, _PIECE_BYTES):
-            end = min(start + _PIECE_BYTES, size)
+        for start in range(0, size, _PART_BYTES):
+            end = min(start + _PART_BYTES, size)
             copying = asyncio.create_task(asyncio.to_thread(_copy, self._snapshot, buffer.view, start, end))
-            self._pieces.append(_Piece(start, end, copying))
+            self._parts.append(_Part(start, end, copying))
         return buffer
 
-    async def _send_part(self, host: str, port: int, path: str, pieces: Sequence[_Piece]) -> sampler_pb2.PushPart:
-        """Sends the pieces, of the memory at `path`, as one part, whose call stays open."""
-        start, end = pieces[0].start, pieces[-1].end
-        metadata = ((relay.LANE_KEY, f"{host}:{port}"), (relay.PAYLOAD_KEY, path))
-        method: Any = next(self._relays).channel.stream_stream(relay.METHOD)  # its stub asks for serializers
-        call = method(timeout=PUSH_SECONDS, metadata=metadata)
+    async def _send_part(self, part: _Part, path: str, free: "asyncio.Queue[_Route]") -> sampler_pb2.PushPart:
+        """Sends a part, of the memory at `path`, in a call that stays open. Parts get a route in their order."""
+        route = await free.get()
+        try:
+            await asyncio.shield(part.copying)
+            part_id = await self._sent(part, path, route)
+        finally:
+            free.put_nowait(route)
+        return sampler_pb2.PushPart(
+            offset=part.start, size_bytes=part.end - part.start, lane_port=route.port, part_id=part_id
+        )
+
+    async def _sent(self, part: _Part, path: str, route: _Route) -> int:
+        """The part's id, once the lane has it."""
+        method: Any = route.relay.channel.unary_stream(relay.METHOD)  # its stub asks for serializers
+        metadata = ((relay.LANE_KEY, f"{route.host}:{route.port}"), (relay.PAYLOAD_KEY, path))
+        call = method(relay.RANGE.pack(part.start, part.end), timeout=PUSH_SECONDS, metadata=metadata)
         self._calls.append(call)
-        await call.write(relay.STRETCH.pack(start, end))
         try:
             async with asyncio.timeout(_ACCEPT_SECONDS):
                 await call.read()
         except TimeoutError:
-            self._unreachable.add((host, port))
+            self._unreachable.add((route.host, route.port))
             raise
-        for piece in pieces:
-            await asyncio.shield(piece.copying)
-            await call.write(relay.STRETCH.pack(piece.start, piece.end))
         (part_id,) = relay.PART_ID.unpack(await call.read())
-        return sampler_pb2.PushPart(offset=start, size_bytes=end - start, lane_port=port, part_id=part_id)
+        return part_id
 
 
 class Relays(Children[Relay]):
@@ -176,8 +195,8 @@ class Relays(Children[Relay]):
         if len(relays) < 2:
             yield None
             return
-        parts_per_sampler = max(1, len(relays) // num_samplers)
-        payload = SharedPayload(snapshot, self._staging, itertools.cycle(relays), parts_per_sampler, self._unreachable)
+        routes_per_sampler = max(1, len(relays) // num_samplers)
+        payload = SharedPayload(snapshot, self._staging, itertools.cycle(relays), routes_per_sampler, self._unreachable)
         try:
             yield payload
         finally:
@@ -190,5 +209,5 @@ class Relays(Children[Relay]):
 
 
 def _copy(snapshot: Snapshot, shared: memoryview, start: int, end: int) -> None:
-    """Once the payload has arrived from a GPU. Pieces are copied side by side, and NumPy starts no threads for each."""
+    """Once the payload has arrived from a GPU. Parts are copied side by side, and NumPy starts no threads for each."""
     np.copyto(np.frombuffer(shared, np.uint8)[start:end], np.frombuffer(snapshot.payload, np.uint8)[start:end])

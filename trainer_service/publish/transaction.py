@@ -215,8 +215,9 @@ class Transaction:
             if self._probe:
                 push.logprobs = await push.replica.score(self._adapter_id, push.live.version, sequences)
             return
-        if not (push.memory_id or (self._shared and await self._shared.send(push.replica.host, push.stream))):
-            await push.stream.send(self._snapshot.payload)
+        if not push.memory_id:
+            sent = await self._shared.send(push.replica.host, push.stream) if self._shared else 0
+            await push.stream.send(self._snapshot.payload, sent)
         if prepares:
             push.logprobs = await push.stream.prepare(sequences)
 
