@@ -1,14 +1,15 @@
 """A process that takes parts of payloads for the sampler: python -m sampler_service.lane HOST:PORT"""
 
 import asyncio
+import contextlib
 import functools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import grpc
 
 from service_common import children, errors
-from service_common.staging import StagingPool
+from service_common.staging import StagingBuffer, StagingPool
 from tinkerbell import push_frames
 from tinkerbell.payload import Chunk, PartReceiver, PayloadError
 from tinkerbell.v1 import sampler_pb2
@@ -16,47 +17,65 @@ from tinkerbell.v1 import sampler_pb2
 SERVICE_NAME = sampler_pb2.DESCRIPTOR.services_by_name["LaneService"].full_name
 
 
-async def take_part(
+async def take_parts(
     staging: StagingPool,
-    frames: AsyncIterator[sampler_pb2.TakePartRequest | Chunk],
+    frames: AsyncIterator[sampler_pb2.TakePartsRequest | Chunk],
     context: grpc.aio.ServicerContext,
-) -> AsyncIterator[sampler_pb2.TakePartResponse]:
+) -> AsyncIterator[sampler_pb2.TakePartsResponse]:
     """The method of the service."""
-    first = await anext(aiter(frames), None)
-    if not isinstance(first, sampler_pb2.TakePartRequest) or not first.begin.size_bytes:
-        raise errors.invalid_argument("FRAME_UNEXPECTED", "a part starts with BEGIN and its size", field="begin")
+    await context.send_initial_metadata(())
+    buffers: list[StagingBuffer] = []
+    receiver: PartReceiver | None = None
     try:
-        buffer = staging.take(first.begin.size_bytes)
+        async for frame in frames:
+            if isinstance(frame, Chunk):
+                if receiver is None:
+                    raise errors.invalid_argument("FRAME_UNEXPECTED", "a part starts with BEGIN", field="frame")
+                with _damage_reported():
+                    receiver.add(frame)
+                if receiver.is_complete:
+                    receiver = None
+                    yield sampler_pb2.TakePartsResponse(part_id=buffers[-1].descriptor)
+            else:
+                if receiver is not None or not frame.begin.size_bytes:
+                    raise errors.invalid_argument(
+                        "FRAME_UNEXPECTED",
+                        "CHUNKs follow BEGIN, which tells their size, until all is there",
+                        field="frame",
+                    )
+                buffers.append(_memory(staging, frame.begin.size_bytes))
+                receiver = PartReceiver(buffers[-1].view, frame.begin.offset)
+    finally:
+        for buffer in buffers:
+            buffer.close()
+
+
+def _memory(staging: StagingPool, size_bytes: int) -> StagingBuffer:
+    try:
+        return staging.take(size_bytes)
     except (OSError, OverflowError) as cause:
         raise errors.resource_exhausted(
             "OUT_OF_MEMORY",
-            f"there is no memory for a part of {first.begin.size_bytes} bytes: {cause}; send smaller ones",
-            size_bytes=first.begin.size_bytes,
+            f"there is no memory for a part of {size_bytes} bytes: {cause}; send smaller ones",
+            size_bytes=size_bytes,
         ) from cause
+
+
+@contextlib.contextmanager
+def _damage_reported() -> Iterator[None]:
     try:
-        yield sampler_pb2.TakePartResponse(accepted=sampler_pb2.PartAccepted())
-        receiver = PartReceiver(buffer.view, first.begin.offset)
-        async for frame in frames:
-            if not isinstance(frame, Chunk):
-                raise errors.invalid_argument("FRAME_UNEXPECTED", "CHUNKs follow BEGIN", field="frame")
-            try:
-                receiver.add(frame)
-            except PayloadError as cause:
-                raise errors.data_loss("PAYLOAD_DAMAGED", f"{cause}; send the part again") from cause
-            if receiver.is_complete:
-                received = sampler_pb2.PartReceived(part_id=buffer.descriptor)
-                yield sampler_pb2.TakePartResponse(received=received)
-    finally:
-        buffer.close()
+        yield
+    except PayloadError as cause:
+        raise errors.data_loss("PAYLOAD_DAMAGED", f"{cause}; send the part again") from cause
 
 
 def _add_to_server(server: grpc.aio.Server) -> None:
     handler = grpc.stream_stream_rpc_method_handler(
-        functools.partial(take_part, StagingPool()),
+        functools.partial(take_parts, StagingPool()),
         push_frames.parsed_part,
-        sampler_pb2.TakePartResponse.SerializeToString,
+        sampler_pb2.TakePartsResponse.SerializeToString,
     )
-    server.add_registered_method_handlers(SERVICE_NAME, {"TakePart": handler})
+    server.add_registered_method_handlers(SERVICE_NAME, {"TakeParts": handler})
 
 
 if __name__ == "__main__":

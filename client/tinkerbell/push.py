@@ -14,7 +14,7 @@ from tinkerbell.push_frames import chunk_frames
 from tinkerbell.v1 import common_pb2, sampler_pb2
 
 METHOD = "/tinkerbell.v1.SamplerService/PushAdapter"
-PART_METHOD = "/tinkerbell.v1.LaneService/TakePart"
+PARTS_METHOD = "/tinkerbell.v1.LaneService/TakeParts"
 
 
 async def push(
@@ -139,23 +139,32 @@ class PushStream(_Stream):
         await self._call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
 
 
-class PartStream(_Stream):
-    """A part of a payload on its way to a sampler's lane: `begin`, `send`, `received`, which raise TinkerbellError."""
+class PartsStream(_Stream):
+    """Parts of a payload on their way to a sampler's lane, which keeps them until the stream is closed.
+
+    `open`, then `send` for each part and, beside it, `received` for each. TinkerbellError as the lane gives it.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, timeout: float | None = None):
         """`channel`: to the lane. `timeout`: seconds for the push. Close the stream when the push has ended."""
-        method: Any = channel.stream_stream(PART_METHOD, _serialized, sampler_pb2.TakePartResponse.FromString)
+        method: Any = channel.stream_stream(PARTS_METHOD, _serialized, sampler_pb2.TakePartsResponse.FromString)
         super().__init__(method(timeout=timeout), "the lane")
 
-    async def begin(self, start: int, end: int) -> None:
-        """Announces the payload's bytes from `start` to `end`, and waits for the lane to accept them."""
-        begin = sampler_pb2.PartBegin(offset=start, size_bytes=end - start)
-        await self._ask(sampler_pb2.TakePartRequest(begin=begin))
+    async def open(self) -> None:
+        """Waits until the lane takes parts, or has refused the call, which `received` tells."""
+        await self._call.initial_metadata()
+
+    async def send(self, payload: bytes | memoryview, start: int = 0, end: int | None = None) -> None:
+        """Sends a payload, or its bytes from `start` to `end`, as one part."""
+        size = (len(payload) if end is None else end) - start
+        begin = sampler_pb2.PartBegin(offset=start, size_bytes=size)
+        if await self._write(sampler_pb2.TakePartsRequest(begin=begin)):
+            await super().send(payload, start, end)
 
     async def received(self) -> int:
-        """The part's id, once the lane has all of it."""
-        return (await self._answer()).received.part_id
+        """The id of the next part, in the order in which they are sent, once the lane has all of it."""
+        return (await self._answer()).part_id
 
 
-def _serialized(request: sampler_pb2.PushAdapterRequest | sampler_pb2.TakePartRequest | bytes) -> bytes:
+def _serialized(request: sampler_pb2.PushAdapterRequest | sampler_pb2.TakePartsRequest | bytes) -> bytes:
     return request if isinstance(request, bytes) else request.SerializeToString()

@@ -12,7 +12,7 @@ from tinkerbell.v1 import common_pb2, sampler_pb2
 def chunk_frames(payload: bytes | memoryview, start: int = 0, end: int | None = None) -> Iterator[bytes]:
     """A payload, or its bytes from `start` to `end`, as serialized PushAdapterRequests with a chunk each.
 
-    TakePartRequests with one look the same.
+    TakePartsRequests with one look the same.
     """
     view = memoryview(payload)[:end]
     for offset in range(start, len(view), CHUNK_BYTES):
@@ -26,12 +26,12 @@ def parsed(frame: bytes) -> sampler_pb2.PushAdapterRequest | Chunk:
     return _usual_chunk(frame) or _any_chunk(sampler_pb2.PushAdapterRequest.FromString(frame))
 
 
-def parsed_part(frame: bytes) -> sampler_pb2.TakePartRequest | Chunk:
-    """The same of a TakePartRequest."""
-    return _usual_chunk(frame) or _any_chunk(sampler_pb2.TakePartRequest.FromString(frame))
+def parsed_part(frame: bytes) -> sampler_pb2.TakePartsRequest | Chunk:
+    """The same of a TakePartsRequest."""
+    return _usual_chunk(frame) or _any_chunk(sampler_pb2.TakePartsRequest.FromString(frame))
 
 
-def _any_chunk[Request: (sampler_pb2.PushAdapterRequest, sampler_pb2.TakePartRequest)](
+def _any_chunk[Request: (sampler_pb2.PushAdapterRequest, sampler_pb2.TakePartsRequest)](
     request: Request,
 ) -> Request | Chunk:
     return Chunk(request.chunk.offset, memoryview(request.chunk.data)) if request.HasField("chunk") else request

@@ -2,20 +2,21 @@
 
 import os
 import signal
+from unittest.mock import AsyncMock
 
 import grpc
 import psutil
 import pytest
 from sampler_worlds import until
 
-from sampler_service.lane import take_part
+from sampler_service.lane import take_parts
 from sampler_service.lanes import Lanes
 from service_common import staging
 from service_common.errors import Code, ServiceError
 from service_common.staging import StagingPool
 from tinkerbell.errors import InvalidArgumentError
 from tinkerbell.payload import Chunk, PayloadError
-from tinkerbell.push import PartStream
+from tinkerbell.push import PartsStream
 from tinkerbell.v1 import sampler_pb2
 
 CONTENT = os.urandom(3 << 20)
@@ -35,19 +36,21 @@ def named(port: int, part_id: int) -> sampler_pb2.PushPart:
     return sampler_pb2.PushPart(lane_port=port, part_id=part_id)
 
 
-async def test_a_lane_keeps_a_part_as_long_as_its_call_lasts(lanes):
+async def test_a_lane_keeps_parts_as_long_as_their_call_lasts(lanes):
     port = lanes.ports()[1]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         for _ in range(2):  # the second time in memory that has been used
-            part = PartStream(channel)
-            await part.begin(10, len(CONTENT))
-            await part.send(CONTENT, 10, 2 << 20)
-            await part.send(CONTENT, 2 << 20, len(CONTENT))
-            part_id = await part.received()
-            target = bytearray(len(CONTENT) - 10)
-            lanes.read(named(port, part_id), memoryview(target))
-            assert target == CONTENT[10:]
-            part.close()
+            stream = PartsStream(channel)
+            await stream.open()
+            parts = {}
+            for start, end in ((10, 2 << 20), (2 << 20, len(CONTENT))):
+                await stream.send(CONTENT, start, end)
+                parts[await stream.received()] = CONTENT[start:end]
+            for part_id, content in parts.items():
+                target = bytearray(len(content))
+                lanes.read(named(port, part_id), memoryview(target))
+                assert target == content
+            stream.close()
 
 
 async def test_nothing_is_read_but_parts_that_lanes_have(lanes):
@@ -59,8 +62,10 @@ async def test_nothing_is_read_but_parts_that_lanes_have(lanes):
 
 async def test_a_refusal_of_a_lane_arrives(lanes):
     async with grpc.aio.insecure_channel(f"127.0.0.1:{lanes.ports()[0]}") as channel:
-        with pytest.raises(InvalidArgumentError, match="starts with BEGIN"):
-            await PartStream(channel).begin(0, 0)
+        with pytest.raises(InvalidArgumentError, match="which tells their size"):
+            stream = PartsStream(channel)
+            await stream.send(b"", 0, 0)
+            await stream.received()
 
 
 async def test_a_lane_that_is_killed_is_started_again(lanes):
@@ -72,19 +77,20 @@ async def test_a_lane_that_is_killed_is_started_again(lanes):
     assert len(lanes.ports()) == 2
 
 
-def begin(offset: int, size: int) -> sampler_pb2.TakePartRequest:
-    return sampler_pb2.TakePartRequest(begin=sampler_pb2.PartBegin(offset=offset, size_bytes=size))
+def begin(offset: int, size: int) -> sampler_pb2.TakePartsRequest:
+    return sampler_pb2.TakePartsRequest(begin=sampler_pb2.PartBegin(offset=offset, size_bytes=size))
 
 
 @pytest.mark.parametrize(
     ("frames", "code"),
     [
-        ([], Code.INVALID_ARGUMENT),
+        ([sampler_pb2.TakePartsRequest()], Code.INVALID_ARGUMENT),
         ([Chunk(0, memoryview(b"12"))], Code.INVALID_ARGUMENT),
         ([begin(0, 4), begin(0, 4)], Code.INVALID_ARGUMENT),
         ([begin(4, 4), Chunk(0, memoryview(b"12"))], Code.DATA_LOSS),
         ([begin(4, 4), Chunk(4, memoryview(b"12345"))], Code.DATA_LOSS),
-        ([begin(0, 1 << 63)], Code.RESOURCE_EXHAUSTED),
+        ([begin(4, 2), Chunk(4, memoryview(b"12")), Chunk(6, memoryview(b"3"))], Code.INVALID_ARGUMENT),
+        ([begin(4, 2), Chunk(4, memoryview(b"12")), begin(0, 1 << 63)], Code.RESOURCE_EXHAUSTED),
     ],
 )
 async def test_what_is_no_part_is_refused_and_takes_no_memory(frames, code):
@@ -94,7 +100,7 @@ async def test_what_is_no_part_is_refused_and_takes_no_memory(frames, code):
 
     pool = StagingPool()
     with pytest.raises(ServiceError) as refused:
-        async for _ in take_part(pool, sent(), None):
+        async for _ in take_parts(pool, sent(), AsyncMock()):
             pass
     assert refused.value.code is code
     assert pool.used_bytes == 0

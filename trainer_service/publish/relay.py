@@ -15,13 +15,14 @@ import grpc
 
 from service_common import children
 from tinkerbell.errors import TinkerbellError
-from tinkerbell.push import PartStream
+from tinkerbell.push import PartsStream
 from trainer_service.publish import channels
 
-METHOD = "/tinkerbell.Relay/SendPart"
-# The request: where the part starts and ends in the payload.
+METHOD = "/tinkerbell.Relay/SendParts"
+# The requests: where a part starts and ends in the payload, which is there as far as that. The initial metadata comes
+# when the lane takes parts.
 RANGE = struct.Struct("<QQ")
-# The second answer. The first one is empty, and says that the lane has accepted the part.
+# The answers, in the same order: the lane has the part.
 PART_ID = struct.Struct("<Q")
 # In the call's metadata: the lane's HOST:PORT, and the file with the payload.
 LANE_KEY, PAYLOAD_KEY = "lane", "payload"
@@ -29,22 +30,28 @@ LANE_KEY, PAYLOAD_KEY = "lane", "payload"
 _channel_to = functools.cache(channels.to_sampler)
 
 
-async def _send_part(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-    """The lane keeps the part as long as this call lasts, which the trainer ends."""
+async def _send_parts(ranges: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    """The lane keeps the parts as long as this call lasts."""
     wanted = {key: str(value) for key, value in context.invocation_metadata() or ()}
     payload = _mapped(Path(wanted[PAYLOAD_KEY]))
-    start, end = RANGE.unpack(request)
-    part = PartStream(_channel_to(wanted[LANE_KEY]), context.time_remaining())
+    lane = PartsStream(_channel_to(wanted[LANE_KEY]), context.time_remaining())
+    sending = asyncio.create_task(_send_each(ranges, payload, lane))
     try:
-        await part.begin(start, end)
-        yield b""
-        await part.send(payload, start, end)
-        yield PART_ID.pack(await part.received())
-        await asyncio.Event().wait()
+        await lane.open()
+        await context.send_initial_metadata(())
+        while True:
+            yield PART_ID.pack(await lane.received())
     except TinkerbellError as failure:
         await context.abort(failure.code, str(failure))
     finally:
-        part.close()
+        lane.close()
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+
+async def _send_each(ranges: AsyncIterator[bytes], payload: memoryview, lane: PartsStream) -> None:
+    async for start_and_end in ranges:
+        await lane.send(payload, *RANGE.unpack(start_and_end))
 
 
 def _mapped(path: Path) -> memoryview:
@@ -54,7 +61,7 @@ def _mapped(path: Path) -> memoryview:
 
 def _add_to_server(server: grpc.aio.Server) -> None:
     service, method = METHOD.removeprefix("/").split("/")
-    server.add_registered_method_handlers(service, {method: grpc.unary_stream_rpc_method_handler(_send_part)})
+    server.add_registered_method_handlers(service, {method: grpc.stream_stream_rpc_method_handler(_send_parts)})
 
 
 if __name__ == "__main__":

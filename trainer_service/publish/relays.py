@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ log = structlog.get_logger(__name__)
 
 _LEAST_BYTES = 16 << 20  # what one process sends in the time that the detour takes
 _PART_BYTES = 8 << 20
-_PARTS_PER_ROUTE = 2  # one is announced while the other one is sent
 # A lane that a firewall hides does not answer. The payload then goes with the push itself.
 _ACCEPT_SECONDS = 2.0
 _MOST = 8
@@ -69,11 +68,11 @@ class _Part(NamedTuple):
 
 
 class _Route(NamedTuple):
-    """A relay, and the lane at HOST:PORT that it sends to."""
+    """A lane at HOST:PORT, and the call of the relay that sends parts to it."""
 
-    relay: Relay
     host: str
     port: int
+    call: Any
 
 
 class SharedPayload:
@@ -106,17 +105,22 @@ class SharedPayload:
         if not ports:
             return 0
         buffer = self._buffer or self._begin_to_copy()
-        routes = [_Route(next(self._relays), host, port) for port in ports[: self._routes_per_sampler]]
-        free: asyncio.Queue[_Route] = asyncio.Queue()
-        for route in routes * _PARTS_PER_ROUTE:
-            free.put_nowait(route)
-        sending = [asyncio.create_task(self._send_part(part, buffer.path, free)) for part in self._parts]
+        count = min(self._routes_per_sampler, len(self._parts))
+        routes = [self._route(host, port, buffer.path) for port in ports[:count]]
+        sending = [
+            asyncio.create_task(_send(self._parts[index :: len(routes)], route)) for index, route in enumerate(routes)
+        ]
         sent = 0
         try:
-            for task in sending:
-                part = await task
-                await push.add_part(part)
-                sent = part.offset + part.size_bytes
+            await asyncio.gather(*(self._opened(route) for route in routes))
+            for part, route in zip(self._parts, itertools.cycle(routes), strict=False):
+                await asyncio.shield(part.copying)
+                (part_id,) = relay.PART_ID.unpack(await route.call.read())
+                size = part.end - part.start
+                await push.add_part(
+                    sampler_pb2.PushPart(offset=part.start, size_bytes=size, lane_port=route.port, part_id=part_id)
+                )
+                sent = part.end
         except (grpc.aio.AioRpcError, TimeoutError) as failure:
             reason = failure.details() if isinstance(failure, grpc.aio.AioRpcError) else repr(failure)
             log.warning("lanes_failed", host=host, ports=ports, sent_bytes=sent, error=reason)
@@ -143,32 +147,21 @@ class SharedPayload:
             self._parts.append(_Part(start, end, copying))
         return buffer
 
-    async def _send_part(self, part: _Part, path: str, free: "asyncio.Queue[_Route]") -> sampler_pb2.PushPart:
-        """Sends a part, of the memory at `path`, in a call that stays open. Parts get a route in their order."""
-        route = await free.get()
-        try:
-            await asyncio.shield(part.copying)
-            part_id = await self._sent(part, path, route)
-        finally:
-            free.put_nowait(route)
-        return sampler_pb2.PushPart(
-            offset=part.start, size_bytes=part.end - part.start, lane_port=route.port, part_id=part_id
-        )
-
-    async def _sent(self, part: _Part, path: str, route: _Route) -> int:
-        """The part's id, once the lane has it."""
-        method: Any = route.relay.channel.unary_stream(relay.METHOD)  # its stub asks for serializers
-        metadata = ((relay.LANE_KEY, f"{route.host}:{route.port}"), (relay.PAYLOAD_KEY, path))
-        call = method(relay.RANGE.pack(part.start, part.end), timeout=PUSH_SECONDS, metadata=metadata)
+    def _route(self, host: str, port: int, path: str) -> _Route:
+        """To a lane, from the next relay, which reads the memory at `path`. Its call stays open."""
+        method: Any = next(self._relays).channel.stream_stream(relay.METHOD)  # its stub asks for serializers
+        metadata = ((relay.LANE_KEY, f"{host}:{port}"), (relay.PAYLOAD_KEY, path))
+        call = method(timeout=PUSH_SECONDS, metadata=metadata)
         self._calls.append(call)
+        return _Route(host, port, call)
+
+    async def _opened(self, route: _Route) -> None:
         try:
             async with asyncio.timeout(_ACCEPT_SECONDS):
-                await call.read()
+                await route.call.initial_metadata()
         except TimeoutError:
             self._unreachable.add((route.host, route.port))
             raise
-        (part_id,) = relay.PART_ID.unpack(await call.read())
-        return part_id
 
 
 class Relays(Children[Relay]):
@@ -211,3 +204,10 @@ class Relays(Children[Relay]):
 def _copy(snapshot: Snapshot, shared: memoryview, start: int, end: int) -> None:
     """Once the payload has arrived from a GPU. Parts are copied side by side, and NumPy starts no threads for each."""
     np.copyto(np.frombuffer(shared, np.uint8)[start:end], np.frombuffer(snapshot.payload, np.uint8)[start:end])
+
+
+async def _send(parts: Sequence[_Part], route: _Route) -> None:
+    """Has parts sent, each as soon as it is there."""
+    for part in parts:
+        await asyncio.shield(part.copying)
+        await route.call.write(relay.RANGE.pack(part.start, part.end))

@@ -71,7 +71,7 @@ class PushPart(_message.Message):
     part_id: int
     def __init__(self, offset: _Optional[int] = ..., size_bytes: _Optional[int] = ..., lane_port: _Optional[int] = ..., part_id: _Optional[int] = ...) -> None: ...
 
-class TakePartRequest(_message.Message):
+class TakePartsRequest(_message.Message):
     __slots__ = ("begin", "chunk")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -87,19 +87,7 @@ class PartBegin(_message.Message):
     size_bytes: int
     def __init__(self, offset: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
-class TakePartResponse(_message.Message):
-    __slots__ = ("accepted", "received")
-    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
-    RECEIVED_FIELD_NUMBER: _ClassVar[int]
-    accepted: PartAccepted
-    received: PartReceived
-    def __init__(self, accepted: _Optional[_Union[PartAccepted, _Mapping]] = ..., received: _Optional[_Union[PartReceived, _Mapping]] = ...) -> None: ...
-
-class PartAccepted(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class PartReceived(_message.Message):
+class TakePartsResponse(_message.Message):
     __slots__ = ("part_id",)
     PART_ID_FIELD_NUMBER: _ClassVar[int]
     part_id: int

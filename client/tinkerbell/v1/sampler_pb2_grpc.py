@@ -617,10 +617,10 @@ class LaneServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.TakePart = channel.stream_stream(
-                '/tinkerbell.v1.LaneService/TakePart',
-                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartRequest.SerializeToString,
-                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartResponse.FromString,
+        self.TakeParts = channel.stream_stream(
+                '/tinkerbell.v1.LaneService/TakeParts',
+                request_serializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartsRequest.SerializeToString,
+                response_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartsResponse.FromString,
                 _registered_method=True)
 
 
@@ -630,10 +630,10 @@ class LaneServiceServicer:
     PushAccepted. Nobody has to use them.
     """
 
-    def TakePart(self, request_iterator, context):
-        """Takes one part of a payload: BEGIN, then CHUNKs in order. The lane answers BEGIN with PartAccepted, and the last
-        chunk with PartReceived. It keeps the part until the call ends, however it ends: name it in a PushPart, and end the
-        call when PREPARE or COMMIT has been answered.
+    def TakeParts(self, request_iterator, context):
+        """Takes parts of a payload, one after the other: for each of them BEGIN, then CHUNKs in order. The lane sends its
+        initial metadata at once, and answers when it has all of a part, in their order. It keeps them until the call ends,
+        however it ends: name each in a PushPart, and end the call when PREPARE or COMMIT has been answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -642,10 +642,10 @@ class LaneServiceServicer:
 
 def add_LaneServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'TakePart': grpc.stream_stream_rpc_method_handler(
-                    servicer.TakePart,
-                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartRequest.FromString,
-                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartResponse.SerializeToString,
+            'TakeParts': grpc.stream_stream_rpc_method_handler(
+                    servicer.TakeParts,
+                    request_deserializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartsRequest.FromString,
+                    response_serializer=tinkerbell_dot_v1_dot_sampler__pb2.TakePartsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -662,7 +662,7 @@ class LaneService:
     """
 
     @staticmethod
-    def TakePart(request_iterator,
+    def TakeParts(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -675,9 +675,9 @@ class LaneService:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/tinkerbell.v1.LaneService/TakePart',
-            tinkerbell_dot_v1_dot_sampler__pb2.TakePartRequest.SerializeToString,
-            tinkerbell_dot_v1_dot_sampler__pb2.TakePartResponse.FromString,
+            '/tinkerbell.v1.LaneService/TakeParts',
+            tinkerbell_dot_v1_dot_sampler__pb2.TakePartsRequest.SerializeToString,
+            tinkerbell_dot_v1_dot_sampler__pb2.TakePartsResponse.FromString,
             options,
             channel_credentials,
             insecure,
