@@ -23,6 +23,7 @@ from tinkerbell.v1 import common_pb2
 
 LOGS = harness.ROOT / "out/benchmarks/scale"
 _READY_SECONDS = 600.0  # ten engines on two cores
+_WARM_UP = 10  # pushes, until buffers have been used and the processes that help run
 _WANTED = 1 / 1.3  # of the time to one replica, for the time to several
 
 
@@ -142,7 +143,7 @@ async def _push_rows(services: Services) -> list[Row]:
     sent = 0
     seconds: dict[tuple[str, Transport], list[float]] = {}
     for transport in services.transports:
-        for _ in range(2 + REPEATS):  # connections and buffers are new at first
+        for _ in range(_WARM_UP + REPEATS):
             for name, run in runs.items():
                 tokens = rng.integers(0, 500, 17)
                 run.forward_backward([Datum(tokens[:-1], tokens[1:])])
@@ -156,7 +157,7 @@ async def _push_rows(services: Services) -> list[Row]:
         await client.close()
     rows = []
     for transport in services.transports:
-        one = statistics.median(seconds["one", transport][2:])
+        one = statistics.median(seconds["one", transport][_WARM_UP:])
         for target, what in (
             ("ranks", f"to a sampler of TP={services.ranks}"),
             ("all", f"to {services.ranks} of TP=1"),
@@ -165,7 +166,7 @@ async def _push_rows(services: Services) -> list[Row]:
                 f"SyncAdapter of {sent / 1e6:.0f} MB from a trainer of TP={services.ranks} {what}; against one of TP=1"
             )
             wanted = f"; at least {_WANTED:.2f} wanted" if target == "all" else ""
-            time_taken = statistics.median(seconds[target, transport][2:])
+            time_taken = statistics.median(seconds[target, transport][_WARM_UP:])
             rows.append(Row(push_name(services.ranks, target, transport), time_taken, one, "s", note + wanted))
     return rows
 
