@@ -1,10 +1,9 @@
 """A process that takes parts of payloads for the sampler: python -m sampler_service.lane HOST:PORT"""
 
 import asyncio
-import contextlib
 import functools
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import grpc
 
@@ -28,23 +27,22 @@ async def take_parts(
     receiver: PartReceiver | None = None
     try:
         async for frame in frames:
-            if isinstance(frame, Chunk):
-                if receiver is None:
-                    raise errors.invalid_argument("FRAME_UNEXPECTED", "a part starts with BEGIN", field="frame")
-                with _damage_reported():
-                    receiver.add(frame)
-                if receiver.is_complete:
-                    receiver = None
-                    yield sampler_pb2.TakePartsResponse(part_id=buffers[-1].descriptor)
-            else:
-                if receiver is not None or not frame.begin.size_bytes:
+            if receiver is None:
+                if isinstance(frame, Chunk) or not frame.begin.size_bytes:
                     raise errors.invalid_argument(
-                        "FRAME_UNEXPECTED",
-                        "CHUNKs follow BEGIN, which tells their size, until all is there",
-                        field="frame",
+                        "FRAME_UNEXPECTED", "a part starts with BEGIN and its size", field="begin"
                     )
                 buffers.append(_memory(staging, frame.begin.size_bytes))
                 receiver = PartReceiver(buffers[-1].view, frame.begin.offset)
+                continue
+            if not isinstance(frame, Chunk):
+                raise errors.invalid_argument("FRAME_UNEXPECTED", "CHUNKs follow BEGIN", field="frame")
+            receiver.add(frame)
+            if receiver.is_complete:
+                receiver = None
+                yield sampler_pb2.TakePartsResponse(part_id=buffers[-1].descriptor)
+    except PayloadError as cause:
+        raise errors.data_loss("PAYLOAD_DAMAGED", f"{cause}; send the part again") from cause
     finally:
         for buffer in buffers:
             buffer.close()
@@ -59,14 +57,6 @@ def _memory(staging: StagingPool, size_bytes: int) -> StagingBuffer:
             f"there is no memory for a part of {size_bytes} bytes: {cause}; send smaller ones",
             size_bytes=size_bytes,
         ) from cause
-
-
-@contextlib.contextmanager
-def _damage_reported() -> Iterator[None]:
-    try:
-        yield
-    except PayloadError as cause:
-        raise errors.data_loss("PAYLOAD_DAMAGED", f"{cause}; send the part again") from cause
 
 
 def _add_to_server(server: grpc.aio.Server) -> None:

@@ -49,11 +49,6 @@ class _Stream:
         self._status = CallStatus(call)
         self._receiver = receiver
 
-    async def _ask(self, request: Any) -> Any:
-        """The answer to a frame."""
-        await self._write(request)
-        return await self._answer()
-
     async def _answer(self) -> Any:
         try:
             answer = await self._call.read()
@@ -129,7 +124,8 @@ class PushStream(_Stream):
         return answer.committed
 
     async def _step(self, request: sampler_pb2.PushAdapterRequest, *expected: str) -> sampler_pb2.PushAdapterResponse:
-        answer = await self._ask(request)
+        await self._write(request)
+        answer = await self._answer()
         if answer.WhichOneof("frame") not in expected:
             raise InternalError(f"the sampler answered {answer.WhichOneof('frame')}, and not {' or '.join(expected)}")
         return answer

@@ -105,8 +105,8 @@ class SharedPayload:
         if not ports:
             return 0
         buffer = self._buffer or self._begin_to_copy()
-        count = min(self._routes_per_sampler, len(self._parts))
-        routes = [self._route(host, port, buffer.path) for port in ports[:count]]
+        ports = ports[: min(self._routes_per_sampler, len(self._parts))]
+        routes = [self._route(host, port, buffer.path) for port in ports]
         sending = [
             asyncio.create_task(_send(self._parts[index :: len(routes)], route)) for index, route in enumerate(routes)
         ]
