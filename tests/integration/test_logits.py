@@ -21,7 +21,7 @@ def test_a_product_with_the_output_weight(dtype: torch.dtype) -> None:
     from trainer_service.megatron import logprobs  # noqa: PLC0415  (Megatron)
 
     generator = torch.Generator().manual_seed(1)
-    shapes = (37, 1, 64), (300, 64), (37, 1, 300)
+    shapes = (37, 64), (300, 64), (37, 300)
     hidden, weight, gradient = (torch.randn(shape, generator=generator) for shape in shapes)
     hidden, weight = (each.to(device.of_engine(), dtype) for each in (hidden, weight))
     gradient = gradient.to(device.of_engine())

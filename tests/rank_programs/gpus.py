@@ -1,11 +1,12 @@
-"""What ranks on GPUs compute in bfloat16, beside one GPU rank and one CPU rank in float32. Prints a table.
+"""What ranks on GPUs compute in bfloat16, beside one GPU rank and one CPU rank in float32.
 
-PYTHONPATH=.:tests python -m rank_programs.gpus
+PYTHONPATH=.:tests python -m rank_programs.gpus    prints a table
 
 One GPU is enough: both ranks share it then. NCCL wants a GPU for each rank, so gloo carries the tensors, those between
 the stages of a pipeline by way of the host.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from trainer_service.parallel import Layout
 from trainer_service.ranks import Process
 
 type Results = dict[str, np.ndarray]
+
+_SECONDS = 300  # for one of the three, of which a pass takes the least
 
 
 def share_one_gpu() -> None:
@@ -43,45 +46,66 @@ def share_one_gpu() -> None:
     Process.device = lambda process, kind: torch.device(kind, 0)
 
 
-def difference_of_logprobs(results: Results, reference: Results) -> float:
-    """The mean absolute difference over all tenants, steps and tokens."""
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Of what two GPU ranks computed in one layout, over all tenants, steps and tokens."""
+
+    logprobs: float  # mean absolute difference to those of a CPU rank
+    logprobs_of_one_rank: float  # the same of one GPU rank, which bfloat16 alone sets apart
+    gradients: tuple[float, float]  # least and largest difference to those of one GPU rank, relative to their norm
+
+
+def compared(folder: Path) -> dict[str, Comparison]:
+    """By layout. Has all work done in processes of their own, which leave their results in `folder`."""
+    for architecture in {architecture for _, architecture in layouts.LAYOUTS.values()}:
+        made_model(f"tiny-{architecture}", "tiny", architecture)
+    program = ["-m", "rank_programs.gpus"]
+
+    def computed(out: str, command: list[str], **environment: str) -> dict[str, Results]:
+        (folder / out).mkdir()
+        command = [*command, *program, str(folder / out)]
+        subprocess.run(command, env=rank_environment() | environment, check=True, timeout=_SECONDS)
+        return {name: dict(np.load(folder / out / f"{name}.npz")) for name in layouts.LAYOUTS}
+
+    # Megatron would compute some things on a GPU that it sees.
+    on_cpu = computed("cpu", [sys.executable], CUDA_VISIBLE_DEVICES="")
+    on_gpu = computed("gpu", [sys.executable])
+    two_ranks = computed("two", TWO_RANKS)
+    return {
+        name: Comparison(
+            _difference_of_logprobs(two_ranks[name], on_cpu[name]),
+            _difference_of_logprobs(on_gpu[name], on_cpu[name]),
+            _differences_of_gradients(two_ranks[name], on_gpu[name]),
+        )
+        for name in layouts.LAYOUTS
+    }
+
+
+def _difference_of_logprobs(results: Results, reference: Results) -> float:
     names = [name for name in reference if " logprobs " in name]
     return float(np.mean(np.abs(np.concatenate([results[name] - reference[name] for name in names]))))
 
 
-def difference_of_gradients(results: Results, reference: Results) -> str:
-    """The least and the largest over the tenants, relative to the gradient's norm."""
+def _differences_of_gradients(results: Results, reference: Results) -> tuple[float, float]:
     names = [name for name in reference if name.endswith(" gradients")]
     errors = [np.linalg.norm(results[name] - reference[name]) / np.linalg.norm(reference[name]) for name in names]
-    return f"{min(errors):.1%} to {max(errors):.1%}"
+    return float(min(errors)), float(max(errors))
 
 
 def main() -> None:
-    """Has all work done in processes of their own, and prints what came of it."""
-    for architecture in {architecture for _, architecture in layouts.LAYOUTS.values()}:
-        made_model(f"tiny-{architecture}", "tiny", architecture)
-    program = ["-m", "rank_programs.gpus"]
+    """Prints the table."""
     with tempfile.TemporaryDirectory() as folder:
-
-        def computed(out: str, command: list[str], **environment: str) -> dict[str, Results]:
-            (Path(folder) / out).mkdir()
-            command = [*command, *program, f"{folder}/{out}"]
-            subprocess.run(command, env=rank_environment() | environment, check=True)
-            return {name: dict(np.load(f"{folder}/{out}/{name}.npz")) for name in layouts.LAYOUTS}
-
-        # Megatron would compute some things on a GPU that it sees.
-        on_cpu = computed("cpu", [sys.executable], CUDA_VISIBLE_DEVICES="")
-        on_gpu = computed("gpu", [sys.executable])
-        two_ranks = computed("two", [*TWO_RANKS])
+        comparisons = compared(Path(folder))
     shared = "which both ranks share, over gloo" if torch.cuda.device_count() == 1 else "one for each rank, over NCCL"
     print(f"On {torch.cuda.get_device_name()}, {shared}; torch {torch.__version__}\n")
     print("| ranks | model | log-probabilities to CPU | of one GPU rank | gradients to one GPU rank |")
     print("|---|---|---|---|---|")
     for name, (_, architecture) in layouts.LAYOUTS.items():
+        found = comparisons[name]
+        least, largest = found.gradients
         print(
-            f"| {name} | {architecture} | {difference_of_logprobs(two_ranks[name], on_cpu[name]):.4f} "
-            f"| {difference_of_logprobs(on_gpu[name], on_cpu[name]):.4f} "
-            f"| {difference_of_gradients(two_ranks[name], on_gpu[name])} |"
+            f"| {name} | {architecture} | {found.logprobs:.4f} | {found.logprobs_of_one_rank:.4f} "
+            f"| {least:.1%} to {largest:.1%} |"
         )
 
 

@@ -22,13 +22,13 @@ _Chunk = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Float32Product(torch.autograd.Function):
-    """x times a frozen weight's transpose, both of any dtype, in float32; x's gradient is of its own dtype."""
+    """x [T, H] times a frozen weight's transpose, both of any dtype, in float32; x's gradient is of its own dtype."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor):
         ctx.save_for_backward(weight)
         if x.is_cuda and x.dtype != torch.float32:  # a GPU adds up in float32, and need not round what comes out
-            return torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return F.linear(x.float(), weight.float())
 
     @staticmethod
@@ -51,7 +51,9 @@ def _float32_linear(
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     if allreduce_dgrad:
         input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-    return _Float32Product.apply(input, weight)
+    # Flattened out here: Megatron's cross entropy of several ranks writes into the logits, and autograd has no in-place
+    # writes into a view that a Function returns.
+    return _Float32Product.apply(input.flatten(0, -2), weight).unflatten(0, input.shape[:-1])
 
 
 def keep_logits_in_float32(output_layer: ColumnParallelLinear) -> None:
