@@ -9,6 +9,7 @@ A folder that is complete already is left alone.
 
 import argparse
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -182,7 +183,12 @@ def _made_whole(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        os.rename(temporary, out)
+        try:
+            os.rename(temporary, out)
+        except OSError as failure:
+            if failure.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(temporary)  # another process was first
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
