@@ -185,13 +185,11 @@ def _made_whole(out: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         try:
             os.rename(temporary, out)
-        except OSError as failure:
+        except OSError as failure:  # another process may have been first
             if failure.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            shutil.rmtree(temporary)  # another process was first
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone if it was renamed
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from trainer_service.ranks import Process
 
 type Results = dict[str, np.ndarray]
 
-_SECONDS = 300  # for one of the three, of which a pass takes the least
+_SECONDS = 300  # for each of the three programs; imports and loading take most of it
 
 
 def share_one_gpu() -> None:
