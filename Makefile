@@ -43,7 +43,7 @@ GPU_TESTS := tests/unit/test_products.py tests/unit/test_trainer_kernels.py test
   tests/unit/test_blake3_kernels.py tests/integration/test_logits.py tests/integration/test_trainer_gpu.py \
   tests/integration/test_parallel_gpu.py tests/integration/test_mixed.py tests/integration/test_model_families.py \
   tests/integration/test_trainer_references.py tests/e2e/test_loop.py tests/integration/test_trainer.py \
-  tests/integration/test_sampler.py tests/integration/test_openai_http.py tests/integration/test_two_gpus.py
+  tests/integration/test_sampler.py tests/integration/test_openai_http.py tests/integration/test_publish_gpu.py
 
 bench-gpu: ## The same on one NVIDIA GPU, at the size of Llama-3.1-8B; PYTHON=... where there is no .venv
 	$(PYTHON) -W ignore -m benchmarks.gpu

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import device
 import grpc
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service_common import failpoints
@@ -49,6 +50,12 @@ def rank_environment() -> dict[str, str]:
     """For the programs that `TWO_RANKS` starts, which import this repository's packages and tests."""
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def two_gpu_ranks(module: str) -> list[str]:
+    """The command of two ranks on a GPU each, or on the same one where there are no more. In `rank_environment`."""
+    sharing = ["rank_programs.one_gpu"] if torch.cuda.device_count() == 1 else []
+    return [*TWO_RANKS, "-m", *sharing, module]
 
 
 def start_sampler(model: Path, *options: str, address: str | None = None, die_at: str = "") -> ServiceProcess:

@@ -2,8 +2,7 @@
 
 PYTHONPATH=.:tests python -m rank_programs.gpus    prints a table
 
-One GPU is enough: both ranks share it then. NCCL wants a GPU for each rank, so gloo carries the tensors, those between
-the stages of a pipeline by way of the host.
+One GPU is enough: both ranks share it then.
 """
 
 import dataclasses
@@ -15,35 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from processes import MODELS, TWO_RANKS, made_model, rank_environment
+from processes import MODELS, made_model, rank_environment, two_gpu_ranks
 from rank_programs import layouts
-from torch import distributed
 
 from trainer_service.parallel import Layout
-from trainer_service.ranks import Process
 
 type Results = dict[str, np.ndarray]
 
+_PROGRAM = "rank_programs.gpus"  # this one
 _SECONDS = 300  # for each of the three programs; imports and loading take most of it
-
-
-def share_one_gpu() -> None:
-    """Lets several ranks use the same GPU."""
-    send, receive = distributed.send, distributed.recv
-
-    def receive_through_host(tensor: torch.Tensor, *args, **options) -> None:
-        on_host = tensor.cpu()
-        receive(on_host, *args, **options)
-        tensor.copy_(on_host)
-
-    def join(process: Process, device: torch.device) -> None:
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo")
-
-    distributed.send = lambda tensor, *args, **options: send(tensor.cpu(), *args, **options)
-    distributed.recv = receive_through_host
-    Process.join = join
-    Process.device = lambda process, kind: torch.device(kind, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +38,18 @@ def compared(folder: Path) -> dict[str, Comparison]:
     """By layout. Has all work done in processes of their own, which leave their results in `folder`."""
     for architecture in {architecture for _, architecture in layouts.LAYOUTS.values()}:
         made_model(f"tiny-{architecture}", "tiny", architecture)
-    program = ["-m", "rank_programs.gpus"]
+    one_rank = [sys.executable, "-m", _PROGRAM]
 
     def computed(out: str, command: list[str], **environment: str) -> dict[str, Results]:
         (folder / out).mkdir()
-        command = [*command, *program, str(folder / out)]
-        subprocess.run(command, env=rank_environment() | environment, check=True, timeout=_SECONDS)
+        environment = rank_environment() | environment
+        subprocess.run([*command, str(folder / out)], env=environment, check=True, timeout=_SECONDS)
         return {name: dict(np.load(folder / out / f"{name}.npz")) for name in layouts.LAYOUTS}
 
     # Megatron would compute some things on a GPU that it sees.
-    on_cpu = computed("cpu", [sys.executable], CUDA_VISIBLE_DEVICES="")
-    on_gpu = computed("gpu", [sys.executable])
-    two_ranks = computed("two", TWO_RANKS)
+    on_cpu = computed("cpu", one_rank, CUDA_VISIBLE_DEVICES="")
+    on_gpu = computed("gpu", one_rank)
+    two_ranks = computed("two", two_gpu_ranks(_PROGRAM))
     return {
         name: Comparison(
             _difference_of_logprobs(two_ranks[name], on_cpu[name]),
@@ -96,8 +75,8 @@ def main() -> None:
     """Prints the table."""
     with tempfile.TemporaryDirectory() as folder:
         comparisons = compared(Path(folder))
-    shared = "which both ranks share, over gloo" if torch.cuda.device_count() == 1 else "one for each rank, over NCCL"
-    print(f"On {torch.cuda.get_device_name()}, {shared}; torch {torch.__version__}\n")
+    whose = "which both ranks share" if torch.cuda.device_count() == 1 else "one for each rank"
+    print(f"On {torch.cuda.get_device_name()}, {whose}; torch {torch.__version__}\n")
     print("| ranks | model | log-probabilities to CPU | of one GPU rank | gradients to one GPU rank |")
     print("|---|---|---|---|---|")
     for name, (_, architecture) in layouts.LAYOUTS.items():
@@ -113,8 +92,6 @@ def work(out: Path) -> None:
     """What each rank does, or a process on its own."""
     if "RANK" not in os.environ:
         layouts.LAYOUTS.update({name: (Layout(), model) for name, (_, model) in layouts.LAYOUTS.items()})
-    elif torch.cuda.device_count() == 1:
-        share_one_gpu()
     layouts.main(MODELS, out, "cuda" if torch.cuda.is_available() else "cpu")
 
 
