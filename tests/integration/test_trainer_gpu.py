@@ -40,16 +40,18 @@ def loaded(model: str) -> Engine:
     return engine
 
 
-def data(engine: Engine, seed: int) -> dict[str, list[Datum]]:
+def data(engine: Engine, seed: int, lengths: dict[str, list[int]] = LENGTHS) -> dict[str, list[Datum]]:
     rng = np.random.default_rng(seed)
     assert engine.checkpoint is not None
     vocab_size = engine.checkpoint.vocab_size
-    return {name: [random_datum(rng, length, vocab_size) for length in lengths] for name, lengths in LENGTHS.items()}
+    return {name: [random_datum(rng, length, vocab_size) for length in of_part] for name, of_part in lengths.items()}
 
 
-def run(engine: Engine, seed: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+def run(
+    engine: Engine, seed: int, lengths: dict[str, list[int]] = LENGTHS
+) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """Log-probabilities of a pass that all tenants share, and the gradients that it leaves; they are cleared."""
-    parts = [part(name, batch, backward=bool(name)) for name, batch in data(engine, seed).items()]
+    parts = [part(name, batch, backward=bool(name)) for name, batch in data(engine, seed, lengths).items()]
     results: list[PartResult] = engine.run_pass(parts)
     gradients = {name: arena_of(engine, name).gradients.cpu().clone() for name in TENANTS}
     for name in TENANTS:
@@ -57,12 +59,14 @@ def run(engine: Engine, seed: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]
     return np.concatenate([values for result in results for values in result.logprobs]), gradients
 
 
-def launched(engine: Engine, seed: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+def launched(
+    engine: Engine, seed: int, lengths: dict[str, list[int]] = LENGTHS
+) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """As `run`, without graphs."""
     assert engine._model is not None
     graphs, engine._model._graphs = engine._model._graphs, None
     try:
-        return run(engine, seed)
+        return run(engine, seed, lengths)
     finally:
         engine._model._graphs = graphs
 
@@ -82,6 +86,17 @@ def test_a_graph_computes_what_its_kernels_do_one_by_one(model: str) -> None:
     for seed in range(3):  # the first pass records
         graphed = run(engine, seed)
         assert_close(graphed, launched(engine, seed), 1e-2)
+    assert len(engine._model._graphs._recordings) == 1
+
+
+@pytest.mark.parametrize("num_sequences", [64, 127])
+def test_a_graph_takes_many_short_sequences(num_sequences: int) -> None:
+    engine = loaded("tiny-llama")
+    names = np.random.default_rng(0).choice(list(TENANTS), num_sequences)
+    lengths = {name: [1 + index % 60 for index in np.flatnonzero(names == name)] for name in TENANTS}
+    assert_close(run(engine, 0, lengths), launched(engine, 0, lengths), 1e-2)
+    assert engine._model is not None
+    assert engine._model._graphs is not None
     assert len(engine._model._graphs._recordings) == 1
 
 

@@ -23,7 +23,7 @@ from trainer_service.megatron.rotary import PackedRotary
 # busy, and a graph has memory for activations of its own.
 _MAX_TOKENS = 4096
 _TOKEN_STEP = 256
-_MAX_SEQUENCES = 64
+_MAX_SEQUENCES = 128
 _LEAST_SEQUENCES = 8
 
 
@@ -33,8 +33,27 @@ class _Shape:
 
     num_tokens: int
     num_sequences: int  # at most, and so are the adapters
+    longest: int  # tokens that a sequence may have; attention starts blocks for as many of each, there or not
     length: int  # of every sequence, if attention takes them as a batch; otherwise 0
     ranks: Ranks | None  # None for passes of the bare base model
+
+    @classmethod
+    def of(cls, sequences: Sequence[PackedSequence]) -> "_Shape":
+        """The smallest for sequences whose tokens are a multiple of the step."""
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        arenas = [sequence.arena for sequence in sequences if sequence.arena is not None]
+        length, num_tokens = batch_length(lengths), sum(lengths)
+        return cls(
+            num_tokens=num_tokens,
+            num_sequences=max(_LEAST_SEQUENCES, _power_of_two(len(lengths))),
+            longest=length or min(num_tokens, max(_TOKEN_STEP, _power_of_two(max(lengths)))),
+            length=length,
+            ranks=Ranks.of(arenas) if arenas else None,
+        )
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -74,20 +93,13 @@ class Graphs:
         self, sequences: Sequence[PackedSequence], objective: Callable[[torch.Tensor], torch.Tensor | None]
     ) -> None:
         """One pass; `objective` as BaseModel.run has it, for all of the sequences."""
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        num_tokens = sum(lengths)
-        arenas = [sequence.arena for sequence in sequences if sequence.arena is not None]
-        shape = _Shape(
-            num_tokens=-(-num_tokens // _TOKEN_STEP) * _TOKEN_STEP,
-            num_sequences=max(_LEAST_SEQUENCES, 1 << len(sequences).bit_length()),
-            length=0 if num_tokens % _TOKEN_STEP else batch_length(lengths),
-            ranks=Ranks.of(arenas) if arenas else None,
-        )
+        num_tokens = sum(len(sequence.tokens) for sequence in sequences)
+        if missing := -num_tokens % _TOKEN_STEP:
+            sequences = [*sequences, PackedSequence.padding(missing)]
+        shape = _Shape.of(sequences)
         if shape not in self._recordings:
             self._recordings[shape] = self._record(shape)
         recording = self._recordings[shape]
-        if shape.num_tokens > num_tokens:
-            sequences = [*sequences, PackedSequence.padding(shape.num_tokens - num_tokens)]
         self._fill(recording, sequences)
         recording.forward.replay()
         with_gradient = torch.is_grad_enabled()
@@ -135,12 +147,9 @@ class Graphs:
         return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
 
     def _inputs(self, shape: _Shape) -> Inputs:
-        """Memory for inputs of any pass of this shape, whose sequences may have any lengths unless they are a batch."""
-        longest = shape.length or shape.num_tokens
+        """Memory for inputs of any pass of this shape."""
         made = prepare([PackedSequence.padding(shape.num_tokens)], self._rotary, self._grouped.device)
-        bounds = torch.full(
-            (shape.num_sequences + 1,), shape.num_tokens, dtype=torch.int32, device=self._grouped.device
-        )
-        bounds[0] = 0
-        lengths = [longest] * (shape.num_tokens // longest)
+        bounds = torch.arange(shape.num_sequences + 1, dtype=torch.int32, device=self._grouped.device) * shape.longest
+        bounds.clamp_(max=shape.num_tokens)
+        lengths = [shape.longest] * (shape.num_tokens // shape.longest)
         return Inputs(made.tokens, made.targets, made.turns, packed(bounds, lengths, shape.length))
