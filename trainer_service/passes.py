@@ -91,8 +91,9 @@ def _run_share(
         total: torch.Tensor | None = None
         for index, group in itertools.groupby(chosen, key=lambda key: key[0]):
             part, members = parts[index], list(group)
-            data = [part.data[datum] for _, datum in members]
-            result = _evaluate(part, data, torch.cat([computed[key] for key in members]), device)
+            inputs = {name: torch.cat([loss_inputs[key][name] for key in members]) for name in losses.INPUTS[part.loss]}
+            logprobs_of_part = torch.cat([computed[key] for key in members])
+            result = losses.evaluate(part.loss, part.config, logprobs_of_part, inputs)
             kept = sums.setdefault(index, {})
             for name, value in result.sums.items():
                 kept[name] = kept[name] + value if name in kept else value
@@ -104,6 +105,7 @@ def _run_share(
         return total
 
     if keys:
+        loss_inputs = _loss_inputs(parts, keys, device)
         sequences = [
             PackedSequence(arenas[part], parts[part].data[datum].tokens, parts[part].data[datum].target_tokens)
             for part, datum in keys
@@ -111,6 +113,23 @@ def _run_share(
         with torch.set_grad_enabled(any(part.backward for part in parts)):
             model.run(sequences, objective)
     return _to_host(logprobs, sums)
+
+
+def _loss_inputs(
+    parts: Sequence[Part], keys: Sequence[_Key], device: torch.device
+) -> dict[_Key, dict[str, torch.Tensor]]:
+    """What the loss takes beside the log-probabilities, by datum and name.
+
+    In one copy, before the pass: a copy waits for all that the device has been told to do, and the device would then
+    wait for the loss to be launched.
+    """
+    wanted = [(key, name) for key in keys for name in losses.INPUTS[parts[key[0]].loss]]
+    arrays = [parts[part].data[datum].inputs[name] for (part, datum), name in wanted]
+    moved = torch.from_numpy(np.concatenate(arrays)).to(device).split([len(array) for array in arrays])
+    inputs: dict[_Key, dict[str, torch.Tensor]] = {key: {} for key in keys}
+    for (key, name), values in zip(wanted, moved, strict=True):
+        inputs[key][name] = values
+    return inputs
 
 
 def _to_host(logprobs: dict[_Key, torch.Tensor], sums: dict[int, dict[str, torch.Tensor]]) -> _Share:
@@ -125,14 +144,6 @@ def _to_host(logprobs: dict[_Key, torch.Tensor], sums: dict[int, dict[str, torch
         dict(zip(logprobs, np.split(values, ends[:-1]), strict=True)),
         {index: {name: next(rest) for name in kept} for index, kept in sums.items()},
     )
-
-
-def _evaluate(part: Part, data: Sequence[Datum], logprobs: torch.Tensor, device: torch.device) -> losses.LossResult:
-    inputs = {
-        name: torch.from_numpy(np.concatenate([datum.inputs[name] for datum in data])).to(device)
-        for name in losses.INPUTS[part.loss]
-    }
-    return losses.evaluate(part.loss, part.config, logprobs, inputs)
 
 
 def _merge(index: int, part: Part, shares: Sequence[_Share]) -> PartResult:
