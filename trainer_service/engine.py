@@ -64,6 +64,18 @@ class Adapter:
     gradients_before: torch.Tensor | None = None
     _manifests: dict[common_pb2.DataType, common_pb2.AdapterManifest] = field(default_factory=dict)
 
+    @property
+    def info(self) -> "AdapterInfo":
+        """What can be said of it."""
+        return AdapterInfo(
+            adapter_id=self.adapter_id,
+            config=self.config,
+            seed=self.seed,
+            num_parameters=self.arena.num_parameters,
+            step=self.step,
+            resident=self.arena.resident,
+        )
+
     def manifest(self, dtype: common_pb2.DataType, base_model: str) -> common_pb2.AdapterManifest:
         """Of the adapter in this dtype, without a digest. `base_model`: its fingerprint."""
         if dtype not in self._manifests:
@@ -239,7 +251,7 @@ class Engine:
             _load(arena, tensors)
         self._adapters[adapter_id] = adapter
         self._residency.add(arena)
-        return self._info(adapter)
+        return adapter.info
 
     def replace_weights(
         self, adapter_id: str, tensors: Tensors, step: int = 0, last_adam: AdamParams | None = None
@@ -256,7 +268,7 @@ class Engine:
         arena.gradients.zero_()
         adapter.accumulated_calls = 0
         adapter.step, adapter.last_adam = step, last_adam
-        return self._info(adapter)
+        return adapter.info
 
     def remove_adapter(self, adapter_id: str) -> None:
         """Frees an adapter. NOT_FOUND."""
@@ -265,11 +277,11 @@ class Engine:
 
     def info(self, adapter_id: str) -> AdapterInfo:
         """Of one adapter. NOT_FOUND."""
-        return self._info(self._adapter(adapter_id))
+        return self._adapter(adapter_id).info
 
     def list_adapters(self) -> list[AdapterInfo]:
         """All adapters in order of creation."""
-        return [self._info(adapter) for adapter in self._adapters.values()]
+        return [adapter.info for adapter in self._adapters.values()]
 
     def run_pass(self, parts: Sequence[Part]) -> list[PartResult]:
         """One pass of the model over the data of many adapters, each with its own loss.
@@ -436,16 +448,6 @@ class Engine:
         if stage:
             stage(content)
         return snapshot.take(manifest, content, adapter.step)
-
-    def _info(self, adapter: Adapter) -> AdapterInfo:
-        return AdapterInfo(
-            adapter_id=adapter.adapter_id,
-            config=adapter.config,
-            seed=adapter.seed,
-            num_parameters=adapter.arena.num_parameters,
-            step=adapter.step,
-            resident=adapter.arena.resident,
-        )
 
     def _adapter(self, adapter_id: str) -> Adapter:
         try:
