@@ -64,7 +64,7 @@ def _check_datum(datum: Datum, field: str, loss: Loss, vocab_size: int, max_sequ
             length=length,
             max_sequence_length=max_sequence_length,
         )
-    _check_inputs(datum, field, loss)
+    _check_names(datum, field, loss)
     for name, array in (("target_tokens", datum.target_tokens), *datum.inputs.items()):
         if array.shape != (length,):
             raise errors.invalid_argument(
@@ -74,6 +74,7 @@ def _check_datum(datum: Datum, field: str, loss: Loss, vocab_size: int, max_sequ
                 field=f"{field}.loss_inputs[{name}]",
                 length=length,
             )
+    _check_finite(datum, field, loss)
     for name in ("tokens", "target_tokens"):
         array = getattr(datum, name)
         bad = np.flatnonzero((array < 0) | (array >= vocab_size))
@@ -87,7 +88,7 @@ def _check_datum(datum: Datum, field: str, loss: Loss, vocab_size: int, max_sequ
             )
 
 
-def _check_inputs(datum: Datum, field: str, loss: Loss) -> None:
+def _check_names(datum: Datum, field: str, loss: Loss) -> None:
     possible = set(INPUTS[loss])
     required = possible - set(INPUT_DEFAULTS)
     given = set(datum.inputs)
@@ -99,10 +100,13 @@ def _check_inputs(datum: Datum, field: str, loss: Loss) -> None:
             field=f"{field}.loss_inputs",
             loss=loss.value,
         )
+
+
+def _check_finite(datum: Datum, field: str, loss: Loss) -> None:
     # A position without an advantage does not count, and often carries the logprob of nothing.
-    counts = datum.inputs["advantages"] != 0 if "advantages" in given else np.True_
+    counts = datum.inputs["advantages"] != 0 if "advantages" in datum.inputs else np.True_
     for name, array in datum.inputs.items():
-        ignored = name == "logprobs" and loss is not Loss.DRO and array.shape == np.shape(counts)
+        ignored = name == "logprobs" and loss is not Loss.DRO
         bad = np.flatnonzero(~np.isfinite(array) & (counts if ignored else np.True_))
         if bad.size:
             raise errors.invalid_argument(

@@ -256,12 +256,15 @@ class Engine:
     def replace_weights(
         self, adapter_id: str, tensors: Tensors, step: int = 0, last_adam: AdamParams | None = None
     ) -> AdapterInfo:
-        """Takes an adapter to other tensors of the same shapes; accumulated gradients go. NOT_FOUND, INVALID_ARGUMENT.
+        """Takes an adapter to other tensors of the same shapes; accumulated gradients go.
+
+        NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION in the middle of a ForwardBackward.
 
         Moments that `tensors` does not have start anew.
         """
         adapter = self._adapter(adapter_id)
         arena = adapter.arena
+        _check_between_calls(adapter)
         _check_shapes(tensors.weights, {name: arena.shape(name) for name in arena.names}, adapter_id)
         self._residency.use([arena])
         _load(arena, tensors)
@@ -290,10 +293,12 @@ class Engine:
         A loss that is not finite is that part's refusal (LOSS_NOT_FINITE), and changes nothing in the others' results.
         """
         _, model = self._loaded()
-        adapters = [self._adapter(part.adapter_id) if part.adapter_id else None for part in parts]
-        arenas = [adapter.arena if adapter else None for adapter in adapters]
-        training = [adapter for adapter, part in zip(adapters, parts, strict=True) if adapter and part.backward]
+        training = [
+            self._adapters[part.adapter_id] for part in parts if part.backward and part.adapter_id in self._adapters
+        ]
         try:
+            adapters = [self._adapter(part.adapter_id) if part.adapter_id else None for part in parts]
+            arenas = [adapter.arena if adapter else None for adapter in adapters]
             self._residency.use([arena for arena in arenas if arena])
             for trained in training:
                 trained.begin_call()
@@ -315,13 +320,7 @@ class Engine:
         FAILED_PRECONDITION when there is none, or when its norm is not finite: it is then cleared and not applied.
         """
         adapter = self._adapter(adapter_id)
-        if adapter.in_call:
-            raise errors.failed_precondition(
-                "FORWARD_BACKWARD_RUNNING",
-                f"a ForwardBackward of adapter {adapter_id!r} is half done; number the operations, or wait for its "
-                "answer before you step",
-                adapter_id=adapter_id,
-            )
+        _check_between_calls(adapter)
         if not adapter.accumulated_calls:
             raise errors.failed_precondition(
                 "NO_GRADIENT",
@@ -459,6 +458,16 @@ class Engine:
         if self.checkpoint is None or self._model is None:
             raise no_base_model()
         return self.checkpoint, self._model
+
+
+def _check_between_calls(adapter: Adapter) -> None:
+    if adapter.in_call:
+        raise errors.failed_precondition(
+            "FORWARD_BACKWARD_RUNNING",
+            f"a ForwardBackward of adapter {adapter.adapter_id!r} is half done; number the operations, or wait for its "
+            "answer first",
+            adapter_id=adapter.adapter_id,
+        )
 
 
 def no_base_model() -> ServiceError:

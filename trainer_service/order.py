@@ -5,6 +5,7 @@ So each operation carries its number, and waits here for its turn. Different ada
 """
 
 import asyncio
+import collections
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -22,9 +23,9 @@ class NotBegun(ServiceError):
 class Turn:
     """The right to go next, held inside `Turns.take`."""
 
-    def __init__(self, turns: "Turns", numbered: bool):
+    def __init__(self, turns: "Turns", held: bool):
         self._turns = turns
-        self._held = numbered
+        self._held = held
 
     def pass_on(self) -> None:
         """Lets the next operation begin before this one has ended."""
@@ -54,13 +55,18 @@ class Turns:
         self._gap_seconds = gap_seconds
         self._overtaking_seconds = overtaking_seconds  # by which calls that were sent together may come apart
         self._waiting: dict[int, asyncio.Future[None]] = {}
-        self._held = False  # by a numbered operation that has not passed its turn on
+        self._waiting_alone: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._held = False  # by an operation that has not passed its turn on
         self._running = 0  # operations inside take, numbered or not
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._clock: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
-    async def take(self, seq_id: int) -> AsyncIterator[Turn]:
+    async def take(self, seq_id: int, *, alone: bool = False) -> AsyncIterator[Turn]:
         """Waits until all operations with lower numbers have ended; `seq_id` 0 does not wait.
+
+        With `alone` it does: an operation that looks at the adapter more than once goes between two numbered ones.
 
         The number is used up once the block begins, however it ends. The task that waits here must not be cancelled;
         `idempotency.Answers` gives every operation a task of its own.
@@ -72,20 +78,29 @@ class Turns:
         """
         if seq_id:
             await self._wait_for(seq_id)
+        elif alone:
+            await self._wait_alone()
         self._restored_step = None
         self._running += 1
+        self._idle.clear()
         self._restart_clock()
-        turn = Turn(self, numbered=seq_id > 0)
+        turn = Turn(self, held=alone or seq_id > 0)
         try:
             yield turn
         finally:
             turn.pass_on()
             self._running -= 1
+            if not self._running:
+                self._idle.set()
             self._restart_clock()
+
+    async def wait_idle(self) -> None:
+        """Waits until no operation runs."""
+        await self._idle.wait()
 
     def close(self) -> None:
         """Fails everybody who waits: the adapter is gone."""
-        for future in self._waiting.values():
+        for future in (*self._waiting.values(), *self._waiting_alone):
             removed = errors.not_found(
                 "ADAPTER_NOT_FOUND",
                 f"adapter {self._adapter_id!r} was removed while the operation waited for its turn",
@@ -93,6 +108,7 @@ class Turns:
             )
             future.set_exception(NotBegun(removed))
         self._waiting.clear()
+        self._waiting_alone.clear()
         self._restart_clock()
 
     async def _wait_for(self, seq_id: int) -> None:
@@ -111,12 +127,23 @@ class Turns:
         self._restart_clock()
         await future
 
+    async def _wait_alone(self) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self._waiting_alone.append(future)
+        self._begin_next()
+        await future
+
     def _pass_on(self) -> None:
         self._held = False
         self._begin_next()
 
     def _begin_next(self) -> None:
-        if not self._held and (future := self._waiting.pop(self.next_seq_id, None)):
+        if self._held:
+            return
+        if self._waiting_alone:
+            self._held = True
+            self._waiting_alone.popleft().set_result(None)
+        elif future := self._waiting.pop(self.next_seq_id, None):
             self._held = True
             self.next_seq_id += 1
             future.set_result(None)

@@ -41,4 +41,5 @@ class Residency:
         for key in [key for key in self._resident if key not in protected]:
             if len(self._resident) < self._limit:
                 return
-            self._resident.pop(key).spill()
+            self._resident[key].spill()
+            del self._resident[key]

@@ -175,7 +175,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def ExportOptimizerState(self, request, context) -> AsyncIterator[trainer_pb2.ExportOptimizerStateResponse]:
         async def copy() -> tuple[OptimizerState, tuple[Snapshot, Snapshot]]:
-            async with self._trainer.turn(request.adapter_id, request.seq_id):
+            async with self._trainer.turn(request.adapter_id, request.seq_id, alone=True):
                 state = await self._trainer.optimizer_state(request.adapter_id)
                 return state, await self._trainer.moments(request.adapter_id)
 
@@ -202,7 +202,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
     async def SyncAdapter(self, request, context):
         async def publish():
             started = time.monotonic()
-            async with self._trainer.turn(request.adapter_id, request.seq_id) as turn:
+            async with self._trainer.turn(request.adapter_id, request.seq_id, alone=True) as turn:
                 if request.transport not in _TRANSPORTS:
                     raise errors.invalid_argument(
                         "TRANSPORT_UNKNOWN", f"transport {request.transport} is not a Transport", field="transport"
@@ -238,7 +238,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def SaveCheckpoint(self, request, context):
         async def save():
-            async with self._trainer.turn(request.adapter_id, request.seq_id) as turn:
+            async with self._trainer.turn(request.adapter_id, request.seq_id, alone=True) as turn:
                 info = await self._trainer.save_checkpoint(request.adapter_id, request.name, request.ttl_seconds, turn)
             return trainer_pb2.SaveCheckpointResponse(checkpoint=_checkpoint(info))
 
@@ -246,7 +246,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def LoadCheckpoint(self, request, context):
         async def load():
-            async with self._trainer.turn(request.adapter_id, request.seq_id):
+            async with self._trainer.turn(request.adapter_id, request.seq_id, alone=True):
                 status = await self._trainer.load_checkpoint(
                     request.adapter_id, request.checkpoint_id, fresh_optimizer=request.fresh_optimizer
                 )

@@ -165,6 +165,7 @@ class Trainer:
         del self._entries[adapter_id]
         entry.turns.close()
         # A pass that misses one of its adapters fails for all, and a checkpoint saved later would bring this one back.
+        await entry.turns.wait_idle()
         await entry.answers.wait_idle()
         try:
             if self._store is not None:
@@ -184,13 +185,13 @@ class Trainer:
         return [self._status(info) for info in adapters if info.adapter_id in self._entries]
 
     @contextlib.asynccontextmanager
-    async def turn(self, adapter_id: str, seq_id: int) -> AsyncIterator[Turn]:
+    async def turn(self, adapter_id: str, seq_id: int, *, alone: bool = False) -> AsyncIterator[Turn]:
         """Holds the adapter's turn; see Turns.take. The bare base model, named by an empty id, has no order."""
         if not adapter_id:
-            yield Turn(Turns(""), numbered=False)
+            yield Turn(Turns(""), held=False)
             return
         await self._until_restored()
-        async with self._entry(adapter_id).turns.take(seq_id) as turn:
+        async with self._entry(adapter_id).turns.take(seq_id, alone=alone) as turn:
             yield turn
 
     async def compute(
@@ -238,7 +239,7 @@ class Trainer:
         """Replaces an adapter's weights at its turn, or makes an adapter of them."""
         if adapter_id not in self._entries:
             return self._enter(await self._commands.run(Engine.create_adapter, adapter_id, config, 0, tensors))
-        async with self.turn(adapter_id, seq_id):
+        async with self.turn(adapter_id, seq_id, alone=True):
             return await self._replace(adapter_id, config, tensors)
 
     async def sync(

@@ -4,6 +4,7 @@ Tolerance: 1e-5 relative in float32 for log-probabilities, gradients and the wei
 base model 5e-2, since a pass of another size rounds otherwise.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import device
@@ -14,10 +15,11 @@ from engine_calls import arena_of, forward_backward, part, random_datum
 from processes import made_model
 
 from service_common import checkpoint
+from service_common.errors import ServiceError
 from tinkerbell.v1 import common_pb2
 from trainer_service.adamw import AdamParams
 from trainer_service.batch import Datum
-from trainer_service.engine import Engine, Limits
+from trainer_service.engine import Engine, Limits, Tensors
 from trainer_service.losses import Loss
 from trainer_service.passes import Part, PartResult
 
@@ -201,3 +203,30 @@ def test_forward_beside_forward_backward_leaves_no_gradient(tenants: Engine) -> 
     base = forward_backward(tenants, "", data["hal"], Loss.CROSS_ENTROPY, backward=False)
     assert_close(logprobs(results[-1].logprobs), logprobs(base.logprobs), "the base model's logprobs")
     assert np.abs(logprobs(results[-1].logprobs) - logprobs(results[-2].logprobs)).max() > 1e-3
+
+
+def test_a_pass_that_misses_an_adapter_leaves_nothing_of_a_call_that_is_half_done(tenants: Engine) -> None:
+    data = batches(tenants, seed=0)
+    forward_backward(tenants, "ada", data["ada"])
+    before = arena_of(tenants, "ada").gradients.clone()
+    half = dataclasses.replace(part("ada", data["ada"]), is_last=False)
+    tenants.run_pass([half])
+    with pytest.raises(ServiceError, match="nobody"):
+        tenants.run_pass([part("ada", data["ada"]), part("nobody", data["bob"])])
+    assert torch.equal(arena_of(tenants, "ada").gradients, before)
+    assert tenants.optim_step("ada", AdamParams(learning_rate=0.0)).step == 1
+
+
+def test_weights_are_not_replaced_between_the_passes_of_a_call(tenants: Engine) -> None:
+    data = batches(tenants, seed=0)
+    half = dataclasses.replace(part("ada", data["ada"]), is_last=False)
+    tenants.run_pass([half])
+    before = arena_of(tenants, "ada").weights.clone()
+    weights = {name: np.zeros_like(value) for name, value in tenants.tensors("ada").weights.items()}
+    with pytest.raises(ServiceError) as refusal:
+        tenants.replace_weights("ada", Tensors(weights))
+    assert refusal.value.reason == "FORWARD_BACKWARD_RUNNING"
+    assert torch.equal(arena_of(tenants, "ada").weights, before)
+    tenants.run_pass([part("ada", data["ada"])])
+    tenants.replace_weights("ada", Tensors(weights))
+    assert not arena_of(tenants, "ada").gradients.any()

@@ -45,6 +45,12 @@ def test_bad_batches_are_refused_with_their_reason(reason: str) -> None:
     assert refused.field
 
 
+@pytest.mark.parametrize("shape", [(), (1, 3), (2, 3)])
+def test_inputs_of_another_shape_are_refused_whatever_they_hold(shape: tuple[int, ...]) -> None:
+    weights = np.full(shape, np.nan, np.float32)
+    assert refusal([datum(3, weights=weights)]).reason == "LENGTH_MISMATCH"
+
+
 def test_an_empty_sequence_is_refused() -> None:
     assert refusal([datum(0)]).reason == "SEQUENCE_LENGTH_OUT_OF_RANGE"
 

@@ -96,3 +96,25 @@ def test_a_removed_adapter_leaves_its_place(spilled: bool) -> None:
     residency.add(newcomer)
     assert arenas[1].resident
     assert newcomer.resident
+
+
+def test_a_spill_for_which_there_is_no_memory_changes_nothing(monkeypatch) -> None:
+    residency, arenas = filled(1, limit=1)
+    before, empty, made = arenas[0].exp_avg.clone(), torch.empty, []
+
+    def third_fails(*args, **options) -> torch.Tensor:
+        made.append(args)
+        if len(made) == 3:
+            raise RuntimeError("out of memory")
+        return empty(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", third_fails)
+        with pytest.raises(RuntimeError):
+            residency.make_room()
+    assert on_device(arenas) == [0]
+    assert torch.equal(arenas[0].exp_avg, before)
+    residency.make_room()
+    assert on_device(arenas) == []
+    residency.use(arenas)
+    assert torch.equal(arenas[0].exp_avg, before)

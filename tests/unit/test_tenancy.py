@@ -1,6 +1,7 @@
 """The trainer between its clients and an engine that only notes what it is asked for."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ from service_common import lora
 from service_common.errors import ServiceError
 from tinkerbell.v1 import common_pb2, trainer_pb2
 from trainer_service import trainer as trainer_module
+from trainer_service.adamw import AdamParams
 from trainer_service.batch import Datum
 from trainer_service.checkpoints import CheckpointStore
-from trainer_service.engine import AdapterInfo, Engine, Limits, OptimizerState, Tensors
+from trainer_service.engine import AdapterInfo, Engine, Limits, OptimizerState, StepResult, Tensors
 from trainer_service.losses import Loss, LossConfig
 from trainer_service.metrics import Metrics
 from trainer_service.parallel import Layout
@@ -69,6 +71,12 @@ class NotingExecutor:
     def _tensors(self, adapter_id) -> Tensors:
         return Tensors(WEIGHTS, WEIGHTS, WEIGHTS)
 
+    def _optim_step(self, adapter_id, params) -> StepResult:
+        info = self.adapters[adapter_id] = dataclasses.replace(
+            self.adapters[adapter_id], step=self.adapters[adapter_id].step + 1
+        )
+        return StepResult(info.step, 1.0)
+
     def _optimizer_state(self, adapter_id) -> OptimizerState:
         return OptimizerState(adapter_id, self.adapters[adapter_id].step, None, 0, 32)
 
@@ -106,7 +114,7 @@ def forward_backward(trainer: Trainer, adapter_id: str = "alice", seq_id: int = 
 
 def save(trainer: Trainer) -> asyncio.Task:
     async def work() -> trainer_pb2.SaveCheckpointResponse:
-        async with trainer.turn("alice", 0) as turn:
+        async with trainer.turn("alice", 0, alone=True) as turn:
             await trainer.save_checkpoint("alice", "", 0, turn)
         return trainer_pb2.SaveCheckpointResponse()
 
@@ -131,6 +139,45 @@ async def test_removal_lets_the_passes_that_others_share_end_first(loaded) -> No
     with pytest.raises(ServiceError, match="'alice'"):
         await waiting
     assert [status.info.adapter_id for status in await trainer.list_adapters()] == ["bob"]
+
+
+async def test_removal_lets_a_comparison_end_first_whose_pass_others_share(loaded) -> None:
+    trainer, executor = loaded
+    await trainer.create_adapter("bob", CONFIG, 0)
+    executor.gates["run_pass"] = asyncio.Event()
+    first = forward_backward(trainer, "bob")
+    await asyncio.sleep(0.01)
+
+    async def compare() -> None:
+        async with trainer.turn("alice", 0):
+            await trainer.compute("alice", DATA, Loss.CROSS_ENTROPY, LossConfig(), backward=False)
+
+    comparing = asyncio.create_task(trainer.to_the_end(compare()))
+    second = forward_backward(trainer, "bob")
+    await asyncio.sleep(0.01)
+    removing = asyncio.create_task(trainer.remove_adapter("alice"))
+    await asyncio.sleep(0.01)
+    executor.gates["run_pass"].set()
+    await asyncio.gather(first, comparing, second, removing)
+
+
+async def test_an_unnumbered_save_says_no_later_operation_than_its_weights_have(loaded) -> None:
+    trainer, executor = loaded
+
+    async def step(seq_id: int) -> None:
+        async with trainer.turn("alice", seq_id):
+            await trainer.optim_step("alice", AdamParams())
+
+    await step(1)
+    executor.gates["tensors"] = asyncio.Event()
+    saving = save(trainer)
+    await asyncio.sleep(0.01)
+    following = asyncio.create_task(step(2))
+    await asyncio.sleep(0.01)
+    executor.gates["tensors"].set()
+    await asyncio.gather(saving, following)
+    (checkpoint,) = await trainer.list_checkpoints("alice")
+    assert (checkpoint.step, checkpoint.seq_id) == (1, 1)
 
 
 async def test_a_save_under_way_does_not_bring_a_removed_adapter_back(loaded, started) -> None:

@@ -191,3 +191,51 @@ async def test_an_unnumbered_operation_ends_the_state_after_a_restart() -> None:
     await operate(turns, 0, done)
     await asyncio.gather(operate(turns, 6, done), operate(turns, 5, done))
     assert done == [0, 5, 6]
+
+
+async def test_an_unnumbered_operation_that_goes_alone_waits_for_the_one_that_runs_and_holds_the_next_up() -> None:
+    turns, done = Turns("alice"), []
+
+    async def alone() -> None:
+        async with turns.take(0, alone=True) as turn:
+            assert turns.next_seq_id == 2
+            await asyncio.sleep(0.002)
+            done.append(0)
+            turn.pass_on()
+            await asyncio.sleep(0.002)
+            done.append(-1)
+
+    async with turns.take(1):
+        task = asyncio.create_task(alone())
+        waiting = await begin(turns, 2, done)
+        await asyncio.sleep(0.005)
+        assert done == []
+    await asyncio.gather(task, waiting)
+    assert done == [0, 2, -1]
+    assert turns.next_seq_id == 3
+
+
+async def test_removing_the_adapter_fails_those_who_wait_to_go_alone() -> None:
+    turns = Turns("alice")
+
+    async def alone() -> None:
+        async with turns.take(0, alone=True):
+            raise AssertionError
+
+    async with turns.take(1):
+        waiting = asyncio.create_task(alone())
+        await asyncio.sleep(0)
+        turns.close()
+        with pytest.raises(NotBegun, match="alice"):
+            await waiting
+
+
+async def test_idle_is_when_no_operation_runs_numbered_or_not() -> None:
+    turns = Turns("alice")
+    async with turns.take(0):
+        idle = asyncio.create_task(turns.wait_idle())
+        async with turns.take(1):
+            pass
+        await asyncio.sleep(0.002)
+        assert not idle.done()
+    await asyncio.wait_for(idle, 1)

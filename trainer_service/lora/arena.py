@@ -162,11 +162,11 @@ class Arena:
 
     def spill(self) -> None:
         """Moves the buffers to host memory, pinned where there is a GPU. Views stay valid but must not be used."""
-        self._spilled = []
+        # All copies before anything goes: there may be no host memory left.
+        spilled = [torch.empty(buffer.shape, pin_memory=buffer.is_cuda).copy_(buffer) for buffer in self._buffers]
         for buffer in self._buffers:
-            host = torch.empty(buffer.shape, pin_memory=buffer.is_cuda)
-            self._spilled.append(host.copy_(buffer))
             buffer.untyped_storage().resize_(0)
+        self._spilled = spilled
 
     def restore(self) -> None:
         """Moves the buffers back to where their views point."""
