@@ -48,13 +48,14 @@ class DeviceMemory:
                 "CUDA_IPC_UNREACHABLE", f"the memory is on host {host!r}, and this sampler on {self.host!r}", host=host
             )
         memory_id = uuid.uuid4().hex
-        await self._open(memory_id, handle, size_bytes)
-        self._sizes[memory_id] = size_bytes
-        log.info("device_memory_opened", memory_id=memory_id, size_bytes=size_bytes)
         try:
+            await self._open(memory_id, handle, size_bytes)
+            self._sizes[memory_id] = size_bytes
+            log.info("device_memory_opened", memory_id=memory_id, size_bytes=size_bytes)
             yield memory_id
         finally:
-            del self._sizes[memory_id]
+            # Also when nobody waits any more for it to be opened: the workers open it all the same.
+            self._sizes.pop(memory_id, None)
             await self._close(memory_id)
             log.info("device_memory_closed", memory_id=memory_id)
 

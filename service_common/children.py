@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 import grpc
 import structlog
 
+from service_common import logs
 from service_common.allocator import keep_freed_memory
 from service_common.rpc import MAX_MESSAGE_BYTES, ErrorInterceptor
 
 log = structlog.get_logger(__name__)
 
 _START_SECONDS = 30.0
+_END_SECONDS = 5.0
 # One of them moves bytes, while the others are left to the services on this host.
 _CORES_PER_CHILD = 4
 _OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
@@ -28,9 +30,13 @@ def suitable(most: int) -> int:
     return min(most, len(os.sched_getaffinity(0)) // _CORES_PER_CHILD)
 
 
-async def serve(listen: str, add_service: Callable[[grpc.aio.Server], None]) -> None:
-    """What such a process does: serves until its parent is gone. `listen`: HOST:PORT or unix:PATH."""
+async def serve(name: str, listen: str, add_service: Callable[[grpc.aio.Server], None]) -> None:
+    """What such a process does: serves until its parent is gone.
+
+    `name`: what its logs call it. `listen`: HOST:PORT or unix:PATH.
+    """
     keep_freed_memory()
+    logs.configure(name)  # to stderr: the parent reads one line of the standard output
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
     add_service(server)
     port = server.add_insecure_port(listen)
@@ -88,9 +94,11 @@ class Child:
             return
         assert process.stdin is not None
         process.stdin.close()
-        if not pid:  # it does not serve, and so may not listen
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+        if pid:  # it serves, and so sees the end of its input
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), _END_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
 
 

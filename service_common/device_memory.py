@@ -29,7 +29,11 @@ class SharedMemory:
         self.size_bytes = size_bytes
         with torch.cuda.device(device):
             self._address = int(_checked(cudart.cudaMalloc(size_bytes)))
-            handle = _checked(cudart.cudaIpcGetMemHandle(self._address))
+            try:
+                handle = _checked(cudart.cudaIpcGetMemHandle(self._address))
+            except DeviceMemoryError:  # this platform does not have them
+                self.free()
+                raise
             self.handle = ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
             self.tensor = torch.as_tensor(_Memory(self._address, size_bytes), device=device)
 

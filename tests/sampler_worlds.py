@@ -121,7 +121,7 @@ class FakeEngine:
         self.opened[memory_id] = handle
 
     async def close_device_memory(self, memory_id):
-        del self.opened[memory_id]
+        self.opened.pop(memory_id, None)
 
     def drop(self, version):
         del self.installed[version.lora_id]

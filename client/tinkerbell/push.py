@@ -1,6 +1,7 @@
 """The push protocol: one version of an adapter from this process's memory to a sampler's."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,8 +132,10 @@ class PushStream(_Stream):
         return answer
 
     async def _end(self) -> None:
-        await self._call.done_writing()
-        await self._call.read()  # to the end, so that the sampler sees a finished call and not a cancelled one
+        # To the end, so that the sampler sees a finished call and not a cancelled one. It has answered already.
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self._call.done_writing()
+            await self._call.read()
 
 
 class PartsStream(_Stream):

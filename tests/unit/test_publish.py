@@ -1,12 +1,16 @@
 """Publishing to several samplers: all or none, and all of them current again."""
 
 import asyncio
+import errno
+import socket
 
 import pytest
 from sampler_worlds import SamplerWorld, publishing, scores, snapshot, tiny_checkpoint, until
 
 from service_common import errors
 from service_common.errors import Code, ServiceError
+from tinkerbell.errors import UnavailableError
+from tinkerbell.push import PushStream
 from trainer_service.metrics import Metrics
 from trainer_service.publish import publisher as publisher_module
 from trainer_service.publish.discovery import Discovery
@@ -243,6 +247,108 @@ async def test_a_removed_adapter_is_not_looked_after(samplers, checkpoint):
             await publisher.publish("a", snapshot(checkpoint, 2))
 
 
+async def test_a_removed_adapters_numbers_are_not_used_again(samplers, checkpoint):
+    async with publishing(samplers) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        publisher.forget("a")
+        for world in samplers:
+            world.sampler.registry.unload("a", 0)
+        publisher.manage("a")
+        assert (await publisher.publish("a", snapshot(checkpoint, 2))).version == 2
+
+
+async def test_a_commit_without_an_answer_is_looked_after(samplers, checkpoint, monkeypatch):
+    """The sampler lives on, and has the version that the trainer heard nothing of."""
+    answered = PushStream.commit
+
+    async def cut(stream):
+        await answered(stream)
+        raise UnavailableError("the connection broke")
+
+    async with publishing(samplers[:1]) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(PushStream, "commit", cut)
+            with refused("PUSH_FAILED") as refusal:
+                await publisher.publish("a", snapshot(checkpoint, 2))
+        assert "may be live" in refusal.value.message
+        await until(lambda: publisher.version("a") == 2)
+        back = await publisher.publish("a", snapshot(checkpoint, 1))
+        assert (back.version, states(back)) == (3, [ReplicaState.COMMITTED])
+    assert samplers[0].live() == {2: 2.0, 3: 1.0}
+
+
+async def test_going_back_right_after_a_commit_without_an_answer_is_no_success_without_effect(
+    samplers, checkpoint, monkeypatch
+):
+    async def cut(stream):
+        await answered(stream)
+        raise UnavailableError("the connection broke")
+
+    answered = PushStream.commit
+    monkeypatch.setattr(publisher_module, "_WATCH_SECONDS", 60)
+    async with publishing(samplers[:1]) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(PushStream, "commit", cut)
+            with refused("PUSH_FAILED"):
+                await publisher.publish("a", snapshot(checkpoint, 2))
+        assert (await publisher.publish("a", snapshot(checkpoint, 1))).version == 3
+    assert max(samplers[0].live().items()) == (3, 1.0)
+
+
+async def test_a_push_outlives_the_lookup_that_misses_its_sampler(samplers, checkpoint, monkeypatch):
+    async with publishing(samplers[:1]) as publisher:
+        addresses = Discovery.addresses
+        samplers[0].engine.go.clear()
+        pushing = asyncio.create_task(publisher.publish("a", snapshot(checkpoint, 1)))
+        await samplers[0].engine.installing.wait()
+        monkeypatch.setattr(Discovery, "addresses", _nobody)
+        await until(lambda: not publisher.addresses)
+        samplers[0].engine.go.set()
+        assert states(await pushing) == [ReplicaState.COMMITTED]
+        monkeypatch.setattr(Discovery, "addresses", addresses)
+        await until(lambda: publisher.addresses)
+        assert (await publisher.publish("a", snapshot(checkpoint, 1))).version == 1
+
+
+async def test_the_watch_outlives_what_it_does_not_expect(samplers, checkpoint, monkeypatch):
+    async with publishing(samplers[:1]) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        failed = asyncio.Event()
+
+        async def fails(discovery):
+            failed.set()
+            raise RuntimeError("unexpected")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Discovery, "addresses", fails)
+            await failed.wait()
+        await samplers[0].stop()
+        await samplers[0].start()
+        await until(samplers[0].sampler.current.is_set)
+        assert samplers[0].live() == {1: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("failure", "found"),
+    [
+        (socket.gaierror(socket.EAI_AGAIN, "try again"), ["127.0.0.1:5"]),
+        (OSError(errno.EMFILE, "too many open files"), ["127.0.0.1:5"]),
+        (socket.gaierror(socket.EAI_NONAME, "no such name"), []),
+    ],
+)
+async def test_a_lookup_that_fails_for_the_moment_loses_nobody(monkeypatch, failure, found):
+    discovery = Discovery(["dns:127.0.0.1:5"])
+    assert await discovery.addresses() == ["127.0.0.1:5"]
+
+    async def fails(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fails)
+    assert await discovery.addresses() == found
+
+
 async def test_samplers_are_found_by_name_and_bad_targets_refused():
     found = await Discovery(["dns:localhost:50052", "sampler-0.example:1", "dns:no-such-host.invalid:5"]).addresses()
     assert "sampler-0.example:1" in found
@@ -251,6 +357,10 @@ async def test_samplers_are_found_by_name_and_bad_targets_refused():
     for target in ("localhost", "dns:localhost", ":50052", "host:port"):
         with refused("SAMPLER_ADDRESS_INVALID"):
             Discovery([target])
+
+
+async def _nobody(discovery):
+    return []
 
 
 async def _no_reserve(adapter_id, version):

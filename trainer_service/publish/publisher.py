@@ -113,6 +113,7 @@ class Publisher:
         self._metrics = metrics
         self._replicas: dict[str, Replica] = {}
         self._adapters: dict[str, _Adapter] = {}
+        self._used: dict[str, int] = {}  # the numbers of adapters that are gone, whose versions samplers may have
         self._joining: dict[str, asyncio.Task[None]] = {}
         self._looked = asyncio.Event()  # whether the samplers have been looked up
         self._watching: asyncio.Task[None] | None = None
@@ -129,11 +130,11 @@ class Publisher:
 
     def manage(self, adapter_id: str, version: int = 0) -> None:
         """Looks after an adapter whose versions up to `version` were used in an earlier life of the trainer."""
-        self._adapters[adapter_id] = _Adapter(used=version)
+        self._adapters[adapter_id] = _Adapter(used=max(version, self._used.pop(adapter_id, 0)))
 
     def forget(self, adapter_id: str) -> None:
         """Ends that. Samplers keep the versions that they have."""
-        del self._adapters[adapter_id]
+        self._used[adapter_id] = self._next(self._adapters.pop(adapter_id)) - 1
 
     def version(self, adapter_id: str) -> int:
         """The last version of an adapter that is looked after; 0 before the first."""
@@ -195,13 +196,22 @@ class Publisher:
         digest = snapshot.manifest.digest
         async with adapter.lock:
             current = adapter.current
-            number = current.version if current and current.digest == digest else self._next(adapter)
+            # A number used since may be live somewhere, and what is to be the latest must be above it.
+            is_current = current is not None and current.digest == digest and current.version >= adapter.used
+            number = current.version if current and is_current else self._next(adapter)
             replicas = self._in_order()
             # As far as is known before the push.
             num_over_grpc = sum(staged is None or not staged.reaches(replica) for replica in replicas)
             async with self._relays.shared(snapshot, num_over_grpc) as shared:
                 transaction = Transaction(adapter_id, snapshot, replicas, probe, staged, transport, shared)
-                version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
+                try:
+                    version, outcomes = await transaction.run(
+                        number, lambda number: self._use(adapter_id, adapter, number)
+                    )
+                finally:
+                    if not transaction.is_certain:  # the watch looks what they have
+                        for replica in replicas:
+                            replica.current_instance = ""
             adapter.current = _Current(version, digest, snapshot)
         for outcome in outcomes:
             if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
@@ -272,26 +282,33 @@ class Publisher:
 
     async def _watch(self) -> None:
         while True:
-            await self._look_up()
-            # First all are asked, then any is helped: what one of them has may be what another one lacks.
-            replicas = self._in_order()
-            states = await asyncio.gather(*map(self._look_at, replicas))
-            behind = [(replica, state) for replica, state in zip(replicas, states, strict=True) if state is not None]
-            for replica, state in behind:
-                self._adopt(replica, state.served)
-            for replica, state in behind:
-                if replica.address not in self._joining:
-                    self._joining[replica.address] = asyncio.create_task(self._join(replica, state))
-            num_behind = sum(not replica.current_instance for replica in self._replicas.values())
-            self._metrics.samplers.labels("behind").set(num_behind)
-            self._metrics.samplers.labels("current").set(len(self._replicas) - num_behind)
+            try:
+                await self._look_after_all()
+            except Exception:  # whatever it was, the next round tries again
+                log.exception("watch_failed")
             await asyncio.sleep(_WATCH_SECONDS)
+
+    async def _look_after_all(self) -> None:
+        await self._look_up()
+        # First all are asked, then any is helped: what one of them has may be what another one lacks.
+        replicas = self._in_order()
+        states = await asyncio.gather(*map(self._look_at, replicas))
+        behind = [(replica, state) for replica, state in zip(replicas, states, strict=True) if state is not None]
+        for replica, state in behind:
+            self._adopt(replica, state.served)
+        for replica, state in behind:
+            if replica.address not in self._joining:
+                self._joining[replica.address] = asyncio.create_task(self._join(replica, state))
+        num_behind = sum(not replica.current_instance for replica in self._replicas.values())
+        self._metrics.samplers.labels("behind").set(num_behind)
+        self._metrics.samplers.labels("current").set(len(self._replicas) - num_behind)
 
     async def _look_up(self) -> None:
         found = await self._discovery.addresses()
         for address in set(self._replicas) - set(found):
             log.info("sampler_gone", sampler=address)
-            await self._replicas.pop(address).close()
+            # Not closed: a push may be under way on its connection, which goes with the last that uses it.
+            del self._replicas[address]
         for address in set(found) - set(self._replicas):
             log.info("sampler_found", sampler=address)
             self._replicas[address] = Replica(address)
@@ -323,6 +340,7 @@ class Publisher:
     async def _join(self, replica: Replica, state: _State) -> None:
         """Brings a sampler up to date and tells it so."""
         replica.current_instance = state.instance  # what misses the sampler from here on takes this back
+        is_confirmed = False
         try:
             for adapter_id, adapter in list(self._adapters.items()):
                 async with adapter.lock:
@@ -331,12 +349,14 @@ class Publisher:
                         adapter.current = await self._send(adapter_id, current, replica)
             if replica.current_instance == state.instance:
                 await replica.confirm_current()
+                is_confirmed = True
                 log.info("sampler_current", sampler=replica.address)
         except Exception as failure:  # whatever it was, the next round tries again
             expected = isinstance(failure, TinkerbellError)
             log.warning("sampler_behind", sampler=replica.address, error=str(failure), exc_info=not expected)
-            replica.current_instance = ""
         finally:
+            if not is_confirmed:
+                replica.current_instance = ""
             del self._joining[replica.address]
 
     async def _send(self, adapter_id: str, current: _Current, replica: Replica) -> _Current:

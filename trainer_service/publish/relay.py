@@ -65,4 +65,4 @@ def _add_to_server(server: grpc.aio.Server) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(children.serve(sys.argv[1], _add_to_server))
+    asyncio.run(children.serve("relay", sys.argv[1], _add_to_server))

@@ -92,6 +92,8 @@ class Transaction:
     A sampler that cannot be reached at BEGIN is left out. Any other failure before the first COMMIT ends all pushes,
     and no sampler has changed. When all that take part are ready the version is decided: a sampler that is lost after
     that counts as down, and gets the version when it is back.
+
+    is_certain: whether it is known what the samplers have. It isn't when COMMIT was sent, and none answered it.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Transaction:
         self._transport = transport
         self._shared = shared
         self._pushes: list[_Push] = []
+        self.is_certain = True
 
     async def run(self, number: int, reserve: Callable[[int], Awaitable[None]]) -> tuple[int, list[ReplicaOutcome]]:
         """Publishes as version `number`, or as a higher one when samplers have that already, with another content.
@@ -131,9 +134,14 @@ class Transaction:
             await asyncio.gather(reserve(number), *(push.attempt(make_ready) for push in taking_part))
             self._raise_unless_ready(number, taking_part)
             await failpoints.reached("sync.prepared")
+            self.is_certain = False
             await asyncio.gather(*(push.attempt(self._commit) for push in taking_part))
             await failpoints.reached("sync.committed")
-            if all(push.failure for push in taking_part):
+            failures = [push.failure for push in taking_part if push.failure]
+            if len(failures) == len(taking_part) and not all(map(_is_refusal, failures)):
+                raise self._unanswered(number, taking_part)
+            self.is_certain = True
+            if len(failures) == len(taking_part):
                 raise self._refusal(number, taking_part)
             return number, [self._outcome(push) for push in self._pushes]
         finally:
@@ -258,9 +266,7 @@ class Transaction:
     def _refusal(self, number: int, pushes: Sequence[_Push]) -> ServiceError:
         """With the status, reason and metadata of the first sampler that refused; PUSH_FAILED when all were lost."""
         failed = [push for push in pushes if push.failure]
-        refusals = [
-            push.failure for push in failed if push.failure and push.failure.reason and not is_down(push.failure)
-        ]
+        refusals = [push.failure for push in failed if push.failure and _is_refusal(push.failure)]
         message = (
             f"version {number} of adapter {self._adapter_id!r} was not published: {len(failed)} of {len(pushes)} "
             f"samplers failed ({_listed(failed)}). The version before it stays current everywhere; sync again when "
@@ -271,6 +277,17 @@ class Transaction:
             return errors.unavailable("PUSH_FAILED", message, adapter_id=self._adapter_id, samplers=names)
         refusal = refusals[0]
         return ServiceError(Code[refusal.code.name], refusal.reason, message, **refusal.metadata, samplers=names)
+
+    def _unanswered(self, number: int, pushes: Sequence[_Push]) -> ServiceError:
+        return errors.unavailable(
+            "PUSH_FAILED",
+            f"version {number} of adapter {self._adapter_id!r} may be live: it was ready everywhere, and no sampler "
+            f"has answered COMMIT ({_listed(pushes)}). The trainer goes on from what they have when they are back; "
+            "sync again then",
+            adapter_id=self._adapter_id,
+            version=number,
+            samplers=",".join(push.replica.address for push in pushes),
+        )
 
     def _outcome(self, push: _Push) -> ReplicaOutcome:
         state = ReplicaState.DOWN
@@ -289,6 +306,11 @@ class Transaction:
 
     def _used(self, push: _Push) -> Transport:
         return Transport.CUDA_IPC if push.memory_id else Transport.GRPC
+
+
+def _is_refusal(failure: TinkerbellError) -> bool:
+    """Whether the sampler itself has answered so; otherwise it may have done what it was asked for."""
+    return bool(failure.reason) and not is_down(failure)
 
 
 def _nobody_there(adapter_id: str, pushes: Sequence[_Push]) -> ServiceError:
