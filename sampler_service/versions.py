@@ -148,12 +148,10 @@ class Registry:
     def _entries(self, adapter_id: str) -> dict[int, _Entry]:
         entries = self._adapters.get(adapter_id)
         if entries is None:
-            known = ", ".join(sorted(self._adapters)) or "none"
             raise errors.not_found(
                 "ADAPTER_NOT_FOUND",
-                f"adapter {adapter_id!r} is not on this sampler; it has: {known}",
+                f"adapter {adapter_id!r} is not on this sampler; it has: {errors.listed(self._adapters)}",
                 adapter_id=adapter_id,
-                adapters=",".join(sorted(self._adapters)),
             )
         return entries
 

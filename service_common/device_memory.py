@@ -38,7 +38,7 @@ class SharedMemory:
             self.tensor = torch.as_tensor(_Memory(self._address, size_bytes), device=device)
 
     def free(self) -> None:
-        """Gives the memory back. Who has it open keeps it until it closes it."""
+        """Gives the memory back. CUDA does not promise anything to those who still have it open."""
         _checked(cudart.cudaFree(self._address))
 
 

@@ -5,7 +5,10 @@ was wrong with which value and what to do, and repeats the values in `metadata` 
 """
 
 import enum
+from collections.abc import Iterable
 from typing import Any
+
+_MOST_LISTED = 10
 
 
 class Code(enum.Enum):
@@ -86,3 +89,10 @@ def unavailable(reason: str, message: str, **metadata: Any) -> ServiceError:
 def data_loss(reason: str, message: str, **metadata: Any) -> ServiceError:
     """The bytes that came are not the bytes that were sent."""
     return ServiceError(Code.DATA_LOSS, reason, message, **metadata)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message, in order; only the first of many, as gRPC drops an error that takes more than 8 KiB."""
+    ordered = sorted(names)
+    more = len(ordered) - _MOST_LISTED
+    return ", ".join(ordered[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "") or "none"

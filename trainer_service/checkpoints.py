@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -224,16 +224,16 @@ class CheckpointStore:
             except FileNotFoundError:
                 return 0
 
-    def restorable(self) -> Sequence[str]:
-        """The adapters that have a checkpoint from after they were last removed, in the order of their first."""
-        first: dict[str, None] = {}
+    def restorable(self) -> Mapping[str, Sequence[CheckpointInfo]]:
+        """By adapter, its checkpoints from after it was last removed, oldest first; in the order of their first."""
+        found: dict[str, list[CheckpointInfo]] = {}
         for info in self.list():
             marker = self.root / info.adapter_id / _REMOVED
             with self._storage_errors():
                 removed_at = float(marker.read_text()) if marker.exists() else 0.0
             if info.created_at > removed_at:
-                first[info.adapter_id] = None
-        return list(first)
+                found.setdefault(info.adapter_id, []).append(info)
+        return found
 
     def clear_leftovers(self) -> None:
         """Removes what a killed process left half done. For the start, while nothing else writes to the folder."""
@@ -333,10 +333,10 @@ class CheckpointStore:
 
     def _not_found(self, checkpoint_id: str) -> ServiceError:
         adapter_id = checkpoint_id.partition("/")[0]
-        existing = [info.checkpoint_id for info in self.list(adapter_id)]
+        existing = errors.listed(info.checkpoint_id for info in self.list(adapter_id))
         return errors.not_found(
             "CHECKPOINT_NOT_FOUND",
-            f"there is no checkpoint {checkpoint_id!r}; adapter {adapter_id!r} has {existing}",
+            f"there is no checkpoint {checkpoint_id!r}; adapter {adapter_id!r} has: {existing}",
             checkpoint_id=checkpoint_id,
         )
 

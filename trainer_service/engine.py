@@ -5,7 +5,7 @@ What the ranks must decide alike, they decide from the same facts: the arguments
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -477,11 +477,11 @@ def no_base_model() -> ServiceError:
     )
 
 
-def adapter_not_found(adapter_id: str, existing: Sequence[str] | Mapping[str, object]) -> ServiceError:
-    """NOT_FOUND that lists what exists."""
+def adapter_not_found(adapter_id: str, existing: Iterable[str]) -> ServiceError:
+    """NOT_FOUND that says what exists."""
     return errors.not_found(
         "ADAPTER_NOT_FOUND",
-        f"there is no adapter {adapter_id!r}; there are {sorted(existing)}",
+        f"there is no adapter {adapter_id!r}; there are: {errors.listed(existing)}",
         adapter_id=adapter_id,
     )
 

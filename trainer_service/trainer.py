@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from service_common import checkpoint as checkpoints
 from service_common import errors, lora
 from service_common.checkpoint import Checkpoint
-from service_common.errors import ServiceError
+from service_common.errors import Code, ServiceError
 from tinkerbell.tensors import dtype_size
 from tinkerbell.v1 import common_pb2
 from trainer_service import batch
@@ -48,6 +48,7 @@ from trainer_service.snapshot import Snapshot
 
 log = structlog.get_logger(__name__)
 
+_EXPIRE_SECONDS = 60.0
 _DRAIN_SECONDS = 8.0  # after the calls that have a caller; torchrun kills 30 s after it passed a signal on
 
 
@@ -104,6 +105,7 @@ class Trainer:
         self._answers = Answers()  # to what does not belong to one adapter
         self._tasks: set[asyncio.Task] = set()
         self._loading = asyncio.Lock()
+        self._expiring: asyncio.Task[None] | None = None
 
     @property
     def loading(self) -> bool:
@@ -122,6 +124,8 @@ class Trainer:
             if self._store is not None and not self.loaded.is_set():
                 await self._restore(self._store, found)
         self.loaded.set()
+        if self._store is not None and self._expiring is None:
+            self._expiring = asyncio.create_task(_expire(self._store))
         if self.publisher is not None:
             self.publisher.start()
 
@@ -303,10 +307,8 @@ class Trainer:
         return await self._replace(adapter_id, state.config, *_resumed(state, fresh_optimizer))
 
     async def list_checkpoints(self, adapter_id: str) -> Sequence[CheckpointInfo]:
-        """Whole checkpoints, oldest first. Those whose time has come go."""
-        store = self._checkpoint_store()
-        await asyncio.to_thread(store.expire, time.time())
-        return await asyncio.to_thread(store.list, adapter_id)
+        """Whole checkpoints, oldest first."""
+        return await asyncio.to_thread(self._checkpoint_store().list, adapter_id)
 
     async def delete_checkpoint(self, checkpoint_id: str) -> None:
         """See CheckpointStore.delete."""
@@ -320,21 +322,30 @@ class Trainer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 await asyncio.gather(self._answers.wait_idle(), *waiting, *self._tasks, return_exceptions=True)
+        if self._expiring is not None:
+            self._expiring.cancel()
+            await asyncio.gather(self._expiring, return_exceptions=True)
         if self.publisher is not None:
             await self.publisher.close()
         await asyncio.to_thread(self._executor.close)
 
     async def _restore(self, store: CheckpointStore, found: Checkpoint) -> None:
         await asyncio.to_thread(store.clear_leftovers)
-        for adapter_id in await asyncio.to_thread(store.restorable):
-            state = await asyncio.to_thread(_last_whole, store, adapter_id)
+        for adapter_id, infos in (await asyncio.to_thread(store.restorable)).items():
+            if adapter_id in self._entries:  # since a first try that failed
+                continue
+            state = await asyncio.to_thread(_last_whole, store, infos)
             if state is None or state.base_model_fingerprint != found.fingerprint:
                 log.warning("adapter_not_restored", adapter_id=adapter_id, damaged=state is None)
                 continue
             tensors, step, last_adam = _resumed(state, fresh_optimizer=False)
-            info = await self._commands.run(
-                Engine.create_adapter, adapter_id, state.config, state.seed, tensors, step, last_adam
-            )
+            try:
+                info = await self._commands.run(
+                    Engine.create_adapter, adapter_id, state.config, state.seed, tensors, step, last_adam
+                )
+            except ServiceError as refusal:  # this trainer's limits are lower
+                log.warning("adapter_not_restored", adapter_id=adapter_id, error=refusal.message)
+                continue
             self._entries[adapter_id] = _Entry(
                 info.num_parameters,
                 Turns(adapter_id, next_seq_id=state.seq_id + 1, restored_step=step),
@@ -448,6 +459,17 @@ class Trainer:
             raise
 
 
+async def _expire(store: CheckpointStore) -> None:
+    """Deletes the checkpoints whose time has come, again and again."""
+    while True:
+        try:
+            for checkpoint_id in await asyncio.to_thread(store.expire, time.time()):
+                log.info("checkpoint_expired", checkpoint_id=checkpoint_id)
+        except ServiceError as failure:
+            log.warning("checkpoints_not_expired", error=failure.message)
+        await asyncio.sleep(_EXPIRE_SECONDS)
+
+
 def _resumed(state: AdapterState, fresh_optimizer: bool) -> tuple[Tensors, int, AdamParams | None]:
     if fresh_optimizer:
         return Tensors(state.weights), 0, None
@@ -455,10 +477,12 @@ def _resumed(state: AdapterState, fresh_optimizer: bool) -> tuple[Tensors, int, 
     return Tensors(state.weights, state.exp_avg, state.exp_avg_sq), state.step, last_adam
 
 
-def _last_whole(store: CheckpointStore, adapter_id: str) -> AdapterState | None:
-    for info in reversed(store.list(adapter_id)):
+def _last_whole(store: CheckpointStore, infos: Sequence[CheckpointInfo]) -> AdapterState | None:
+    for info in reversed(infos):
         try:
             return store.load(info.checkpoint_id)
-        except ServiceError as damage:
-            log.warning("checkpoint_skipped", checkpoint_id=info.checkpoint_id, error=damage.message)
+        except ServiceError as failure:
+            if failure.code is Code.UNAVAILABLE:  # it may be whole, and newer than what would take its place
+                raise
+            log.warning("checkpoint_skipped", checkpoint_id=info.checkpoint_id, error=failure.message)
     return None

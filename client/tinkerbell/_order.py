@@ -60,6 +60,11 @@ class OperationOrder:
         with self._lock:
             self._unfinished.pop(seq_id).set()
 
+    def abandon_pair(self, seq_id: int) -> None:
+        """Nothing will be sent under the number of a pair's second request: what was numbered after it cannot run."""
+        self._lose(seq_id)
+        self.finish_pair(seq_id)
+
     @contextlib.asynccontextmanager
     async def sending(self, request: Any) -> AsyncIterator[None]:
         """Around the call with a numbered request, all attempts together: notes what becomes of the order."""

@@ -141,9 +141,3 @@ def test_a_linear_has_the_ranks_and_scales_of_its_modules() -> None:
 def test_rank_stabilised_scales_divide_by_the_root() -> None:
     config = lora.normalized(common_pb2.LoraConfig(rank=4, alpha=8, use_rslora=True, target_modules=["o_proj"]), 64)
     assert arena(config).linears[0, "linear_proj"].scales == [4.0]
-
-
-def test_size_counts_the_four_buffers_of_this_rank() -> None:
-    made = arena(SOME_MODULES)
-    assert made.size_bytes == 16 * made.num_parameters
-    assert sum(part.size_bytes for part in sharded(SOME_MODULES, 2, 1)) == made.size_bytes

@@ -1,11 +1,13 @@
 """Losses, those that the client differentiates included."""
 
+import asyncio
+import concurrent.futures
 import threading
 
 import numpy as np
 import pytest
 import torch
-from client_fakes import Fakes
+from client_fakes import Fakes, FakeTrainer
 
 import tinkerbell
 from tinkerbell import Datum, LossConfig, TrainerClient, tensors, torch_loss
@@ -131,6 +133,27 @@ def test_unanswered_custom_loss_ends_the_run_and_what_was_called_after_it(fakes)
             step.result(5)
         assert caught.value.reason == "OPERATION_UNANSWERED"
     assert fakes.trainer.seq_ids() == [1]
+
+
+def test_closing_the_client_ends_what_was_called_after_a_custom_loss(monkeypatch):
+    asked = threading.Event()
+
+    async def unanswered(trainer, request, context):
+        asked.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(FakeTrainer, "Forward", unanswered)
+    with Fakes().running() as fakes:
+        client = TrainerClient(fakes.trainer_address)
+        run = client.create_lora_adapter("alice")
+        result, step = run.forward_backward_custom(DATA, weighted), run.optim_step()
+        assert asked.wait(10)
+        client.close()
+        with pytest.raises(concurrent.futures.CancelledError):
+            result.result(10)
+        with pytest.raises(tinkerbell.FailedPreconditionError) as caught:
+            step.result(10)
+        assert caught.value.reason == "OPERATION_UNANSWERED"
 
 
 def test_custom_loss_in_torch_has_torch_s_gradient():

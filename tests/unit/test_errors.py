@@ -1,6 +1,7 @@
 """Errors on their way from a domain module to a client."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from service_common.rpc import status_of
 
 ROOT = Path(__file__).parents[2]
 CONSTRUCTORS = {
-    name for name, value in vars(errors).items() if callable(value) and name.islower() and not name.startswith("_")
+    name
+    for name, value in vars(errors).items()
+    if inspect.isfunction(value) and inspect.signature(value).return_annotation is errors.ServiceError
 }
 
 
@@ -58,3 +61,11 @@ def test_a_delay_becomes_a_retry_info() -> None:
     assert status.details[2].Unpack(retry)
     assert (status.message, bad_request.field_violations[0].field) == ("requests[2]: come back", "requests[2]")
     assert retry.retry_delay.ToTimedelta().total_seconds() == 1.5
+
+
+def test_of_many_names_a_message_has_the_first_and_says_how_many_more() -> None:
+    assert errors.listed([]) == "none"
+    assert errors.listed(["b", "a"]) == "a, b"
+    many = errors.listed(f"{number:064}" for number in range(1000))
+    assert many.endswith(f"{9:064} and 990 more")
+    assert len(many) < 1000

@@ -1,5 +1,6 @@
 """Processes that take parts of payloads for a sampler."""
 
+import asyncio
 import os
 import signal
 from unittest.mock import AsyncMock
@@ -66,6 +67,22 @@ async def test_a_refusal_of_a_lane_arrives(lanes):
             stream = PartsStream(channel)
             await stream.send(b"", 0, 0)
             await stream.received()
+
+
+async def test_a_lane_that_refuses_all_the_time_goes_on_and_ends():
+    """What it logs must not fill the pipe through which it has told its port."""
+    lanes = Lanes("127.0.0.1", 2)
+    await lanes.started()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{lanes.ports()[0]}") as channel:
+        for _ in range(1500):
+            with pytest.raises(InvalidArgumentError):
+                stream = PartsStream(channel, timeout=10)
+                await stream.send(b"", 0, 0)
+                await stream.received()
+    pid = lanes.running()[0].pid
+    async with asyncio.timeout(4):
+        await lanes.close()
+    assert not psutil.pid_exists(pid)
 
 
 async def test_a_lane_that_is_killed_is_started_again(lanes):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from service_common import lora
+from service_common import errors, lora
 from service_common.errors import ServiceError
 from tinkerbell.v1 import common_pb2, trainer_pb2
 from trainer_service import trainer as trainer_module
@@ -112,13 +112,13 @@ def forward_backward(trainer: Trainer, adapter_id: str = "alice", seq_id: int = 
     return asyncio.create_task(trainer.once(adapter_id, request, work))
 
 
-def save(trainer: Trainer) -> asyncio.Task:
+def save(trainer: Trainer, adapter_id: str = "alice", ttl_seconds: float = 0) -> asyncio.Task:
     async def work() -> trainer_pb2.SaveCheckpointResponse:
-        async with trainer.turn("alice", 0, alone=True) as turn:
-            await trainer.save_checkpoint("alice", "", 0, turn)
+        async with trainer.turn(adapter_id, 0, alone=True) as turn:
+            await trainer.save_checkpoint(adapter_id, "", ttl_seconds, turn)
         return trainer_pb2.SaveCheckpointResponse()
 
-    return asyncio.create_task(trainer.once("alice", trainer_pb2.SaveCheckpointRequest(), work))
+    return asyncio.create_task(trainer.once(adapter_id, trainer_pb2.SaveCheckpointRequest(), work))
 
 
 async def until_done(executor: NotingExecutor, name: str) -> None:
@@ -232,6 +232,72 @@ async def test_a_restart_skips_a_damaged_checkpoint_for_the_one_before(loaded, s
     await again.load_base_model("model", lambda stage: None)
     (status,) = await again.list_adapters()
     assert status.info.step == 0
+
+
+async def test_a_removed_adapter_stays_removed_when_what_was_saved_since_is_damaged(loaded, started, tmp_path) -> None:
+    trainer, executor = loaded
+    await save(trainer)
+    await trainer.remove_adapter("alice")
+    await trainer.create_adapter("alice", CONFIG, 0)
+    executor.adapters["alice"] = AdapterInfo("alice", CONFIG, 0, 2, 7, True)
+    await save(trainer)
+    weights = tmp_path / "alice/step-7/adapter_model.safetensors"
+    weights.write_bytes(bytes(len(weights.read_bytes())))
+    again, _ = started()
+    await again.load_base_model("model", lambda stage: None)
+    assert await again.list_adapters() == []
+
+
+async def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(loaded, started, monkeypatch) -> None:
+    trainer, executor = loaded
+    await save(trainer)
+    executor.adapters["alice"] = AdapterInfo("alice", CONFIG, 0, 2, 7, True)
+    await save(trainer)
+    again, _ = started()
+
+    def fails(*_):
+        raise errors.unavailable("CHECKPOINT_FOLDER_UNUSABLE", "no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "load", fails)
+        with pytest.raises(ServiceError, match="no answer"):
+            await again.load_base_model("model", lambda stage: None)
+    await again.load_base_model("model", lambda stage: None)
+    (status,) = await again.list_adapters()
+    assert status.info.step == 7
+
+
+async def test_an_adapter_that_this_trainer_refuses_keeps_no_other_from_coming_back(loaded, started) -> None:
+    trainer, _ = loaded
+    await trainer.create_adapter("bob", CONFIG, 0)
+    for name in ("alice", "bob"):
+        await save(trainer, name)
+    again, executor = started()
+    create = executor._create_adapter
+
+    def refuses(adapter_id, *args):
+        if adapter_id == "alice":
+            raise errors.invalid_argument("RANK_OUT_OF_RANGE", "the rank is too high")
+        return create(adapter_id, *args)
+
+    executor._create_adapter = refuses
+    await again.load_base_model("model", lambda stage: None)
+    assert [status.info.adapter_id for status in await again.list_adapters()] == ["bob"]
+
+
+async def test_a_checkpoint_whose_time_has_come_is_deleted_by_itself(loaded, tmp_path, monkeypatch) -> None:
+    trainer, _ = loaded
+    await trainer.close()
+    monkeypatch.setattr(trainer_module, "_EXPIRE_SECONDS", 0.02)
+    trainer._expiring = None
+    await trainer.load_base_model("model", lambda stage: None)
+    await save(trainer, ttl_seconds=0.05)
+    folder = tmp_path / "alice/step-0"
+    assert folder.is_dir()
+    async with asyncio.timeout(10):
+        while folder.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await trainer.close()
 
 
 async def test_without_a_folder_there_are_no_checkpoints(loaded) -> None:

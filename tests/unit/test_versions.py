@@ -108,7 +108,7 @@ def test_what_is_missing_is_named_with_what_there_is(registry):
     registry.publish(version(3, "b"))
     with pytest.raises(ServiceError) as refused, registry.use("a", 0):
         pass
-    assert refused.value.metadata == {"adapter_id": "a", "adapters": "b"}
+    assert refused.value.metadata == {"adapter_id": "a"}
     with pytest.raises(ServiceError) as refused, registry.use("b", 2):
         pass
     assert refused.value.reason == "VERSION_NOT_FOUND"

@@ -107,11 +107,6 @@ class Arena:
         return sum(math.prod(shape) for shape in self._shapes.values())
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the four buffers on this rank."""
-        return 4 * 4 * self._size
-
-    @property
     def resident(self) -> bool:
         """Whether the buffers are in the device's memory."""
         return self._spilled is None

@@ -92,7 +92,7 @@ class _Up(torch.autograd.Function):
 
 
 class LoraLinear(nn.Module):
-    """One of Megatron's linear layers with the deltas of all resident adapters."""
+    """One of Megatron's linear layers with the deltas of a pass's adapters."""
 
     def __init__(self, base: ColumnParallelLinear | RowParallelLinear, layer: Layer, routing: Routing):
         super().__init__()

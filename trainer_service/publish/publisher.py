@@ -135,6 +135,8 @@ class Publisher:
     def forget(self, adapter_id: str) -> None:
         """Ends that. Samplers keep the versions that they have."""
         self._used[adapter_id] = self._next(self._adapters.pop(adapter_id)) - 1
+        with contextlib.suppress(KeyError):  # none was measured
+            self._metrics.drift.remove(adapter_id)
 
     def version(self, adapter_id: str) -> int:
         """The last version of an adapter that is looked after; 0 before the first."""

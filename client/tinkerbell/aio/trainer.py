@@ -425,6 +425,9 @@ class AsyncTrainingRun:
             scored = await self._send(forward, self._client._stub.Forward, _decode.forward_result)
             # In a thread, since the loop has the program's other calls to make.
             loss, gradients = await asyncio.to_thread(custom_loss.evaluate, fn, data, scored.logprobs)
+        except asyncio.CancelledError:
+            self._order.abandon_pair(backward.seq_id)
+            raise
         except Exception:
             await self._skip(backward.seq_id)
             raise

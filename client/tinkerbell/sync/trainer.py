@@ -143,7 +143,7 @@ class TrainerClient:
         return self._loop.run(self._client.list_lora_adapters())
 
     def remove_lora_adapter(self, adapter_id: str) -> None:
-        """Removes an adapter after the operations on it that have reached the trainer.
+        """Removes an adapter after the operations on it that have begun; wait for yours first.
 
         Published versions stay on the sampler until they are unloaded there.
         """
@@ -381,5 +381,5 @@ class TrainingRun:
         return self._loop.run(self._run.get_optimizer_state())
 
     def remove(self) -> None:
-        """Removes the adapter after the operations that have reached the trainer; wait for yours first."""
+        """Removes the adapter after the operations that have begun; wait for yours first."""
         self._loop.run(self._run.remove())

@@ -184,15 +184,15 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListLoraAdapters(self, request, context):
-        """Lists the resident adapters in order of creation.
+        """Lists the adapters in order of creation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemoveLoraAdapter(self, request, context):
-        """Removes an adapter after the operations on it that are already queued. Versions of it that were published
-        stay on the sampler until they are unloaded there.
+        """Removes an adapter after the operations on it that have begun; those that wait for their turn fail. Versions of
+        it that were published stay on the sampler until they are unloaded there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
