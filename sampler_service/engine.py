@@ -170,9 +170,11 @@ class Engine:
         if temperature == 0 and sampling.n > 1:
             # vLLM refuses equal completions. The likeliest token alone, at any temperature, is the greedy one.
             temperature, top_p, top_k = 1.0, 1.0, 1
+        # vLLM's model runner adds it to the prompt's length as 32 bits.
+        room = self.info.max_model_len - len(prompt)
         parameters = SamplingParams(
             n=sampling.n,
-            max_tokens=sampling.max_tokens,
+            max_tokens=None if sampling.max_tokens is None else min(sampling.max_tokens, room),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,

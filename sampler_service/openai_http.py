@@ -14,7 +14,6 @@ import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import structlog
 import uvicorn
@@ -42,8 +41,8 @@ from vllm.exceptions import VLLMNotFoundError
 from vllm.lora.request import LoRARequest
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from sampler_service import openai_body
 from sampler_service.engine import Engine, lora_request
-from sampler_service.requests import MAX_SCHEMA_LEVELS, MAX_STRUCTURE_CHARACTERS, levels
 from sampler_service.sampler import Sampler
 from sampler_service.versions import Version
 from service_common import errors
@@ -55,10 +54,6 @@ _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 # ADAPTER follows the latest version, ADAPTER@VERSION names one.
 _MODEL = re.compile(r"([^@]+)(?:@([1-9][0-9]{0,18}))?")
-
-_MAX_BODY_BYTES = 8 << 20
-# A schema is some levels down in a request's body.
-_MAX_BODY_LEVELS = MAX_SCHEMA_LEVELS + 8
 
 _STATUS = {
     Code.INVALID_ARGUMENT: (400, "invalid_request_error"),
@@ -165,8 +160,9 @@ class _Admission:
             await self._app(scope, receive, send)
             return
         try:
-            body = _parsed(await _read(receive))
-            with self._sampler.admitted(*self._asked(body.get("model")), _sequences(body)) as version:
+            body = openai_body.parsed(await _read(receive), self._sampler.base_model.vocab_size)
+            num_sequences = openai_body.num_sequences(body)
+            with self._sampler.admitted(*self._asked(body.get("model")), num_sequences) as version:
                 async with self._models.serving(version) as model:
                     named = json.dumps(body | {"model": model}).encode()
                     await self._app(scope, _given_back(named, receive), self._signed(send, version))
@@ -257,43 +253,9 @@ async def _read(receive: Receive) -> bytes:
             raise _DisconnectedError
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > _MAX_BODY_BYTES:
-            raise errors.invalid_argument("BODY_INVALID", f"the body has more than {_MAX_BODY_BYTES} bytes")
+        if len(body) > openai_body.MAX_BODY_BYTES:
+            raise errors.invalid_argument("BODY_INVALID", f"the body has more than {openai_body.MAX_BODY_BYTES} bytes")
     return bytes(body)
-
-
-def _parsed(content: bytes) -> dict[str, Any]:
-    """The body. INVALID_ARGUMENT also when a structure in it is larger than one may be over gRPC."""
-    try:
-        body = json.loads(content)
-        if not isinstance(body, dict):
-            raise ValueError("it is not an object")
-        structure = body.get("structured_outputs")
-        schema = structure.get("json") if isinstance(structure, dict) else None
-        depth = levels(body) + (levels(json.loads(schema)) if isinstance(schema, str) else 0)
-    except (ValueError, RecursionError) as cause:
-        raise errors.invalid_argument("BODY_INVALID", f"the body is not JSON as it should be: {cause}") from cause
-    if depth > _MAX_BODY_LEVELS:
-        raise errors.invalid_argument(
-            "BODY_INVALID", f"the body's objects are nested {depth} levels deep, and can be {_MAX_BODY_LEVELS}"
-        )
-    for field in ("response_format", "structured_outputs"):
-        characters = len(json.dumps(body.get(field)))
-        if characters > MAX_STRUCTURE_CHARACTERS:
-            raise errors.invalid_argument(
-                "BODY_INVALID",
-                f"{field} has {characters} characters, and can have {MAX_STRUCTURE_CHARACTERS}",
-                field=field,
-            )
-    return body
-
-
-def _sequences(body: dict[str, Any]) -> int:
-    """Completions that the request asks for. What is no number or prompt here is refused by vLLM's routes."""
-    n, prompts = body.get("n"), body.get("prompt")
-    if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):
-        prompts = [prompts]
-    return len(prompts) * (n if isinstance(n, int) and n > 0 else 1)
 
 
 def _given_back(body: bytes, receive: Receive) -> Receive:

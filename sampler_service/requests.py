@@ -15,6 +15,10 @@ MAX_REPETITION_PENALTY = 2.0
 MAX_PENALTY = 2.0  # presence and frequency, either way
 MAX_BIAS = 100.0  # likewise
 # Structures are turned into grammars on the event loop, in a time that grows with the cube of a schema's depth.
+# As many as vLLM's model runner has room for in a request (vllm/v1/worker/gpu/sample/logit_bias.py).
+MAX_STOP_TOKEN_IDS = 128
+MAX_BIASES = 1024
+
 MAX_STRUCTURE_CHARACTERS = 1 << 16
 MAX_SCHEMA_LEVELS = 32
 CHAT_ROLES = ("system", "user", "assistant")
@@ -161,7 +165,9 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     for name, (fine, wanted) in in_range.items():
         if not fine:
             raise _sampling_invalid(name, getattr(sampling, name), wanted)
-    for name in ("stop_token_ids", "logit_bias"):
+    for name, most in (("stop_token_ids", MAX_STOP_TOKEN_IDS), ("logit_bias", MAX_BIASES)):
+        if len(getattr(sampling, name)) > most:
+            raise _sampling_invalid(name, f"{len(getattr(sampling, name))} tokens", f"{most} at most")
         for token in getattr(sampling, name):
             if not 0 <= token < vocab_size:
                 raise _sampling_invalid(name, token, f"token ids from 0 to {vocab_size - 1}")

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import transformers
 
 from sampler_service.requests import ChatPrompt, Prompt, TextPrompt, TokenPrompt, check_messages
@@ -57,8 +58,13 @@ class Tokenizer:
             raise errors.failed_precondition(
                 "NO_CHAT_TEMPLATE", "the base model's tokenizer has no chat template; send text or token ids"
             )
-        return self._tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except jinja2.TemplateError as refusal:  # templates want roles to alternate, for example
+            raise errors.invalid_argument(
+                "CHAT_INVALID", f"the base model's chat template refuses the chat: {refusal}", field="chat.messages"
+            ) from refusal

@@ -98,10 +98,8 @@ class Adapter:
 
     def abandon_call(self) -> None:
         """Takes the gradient back to where it was, if a pass has begun."""
-        if self.in_call and self.gradients_before is None:
-            self.arena.gradients.zero_()
-        elif self.gradients_before is not None:
-            self.arena.gradients.copy_(self.gradients_before)
+        if self.in_call:
+            self.arena.reset_gradients(self.gradients_before)
         self.in_call, self.gradients_before = False, None
 
 

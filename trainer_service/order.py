@@ -57,7 +57,8 @@ class Turns:
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._waiting_alone: collections.deque[asyncio.Future[None]] = collections.deque()
         self._held = False  # by an operation that has not passed its turn on
-        self._running = 0  # operations inside take, numbered or not
+        self._alone_was_last = False
+        self._running = 0  # operations that have begun, numbered or not
         self._idle = asyncio.Event()
         self._idle.set()
         self._clock: asyncio.TimerHandle | None = None
@@ -66,7 +67,8 @@ class Turns:
     async def take(self, seq_id: int, *, alone: bool = False) -> AsyncIterator[Turn]:
         """Waits until all operations with lower numbers have ended; `seq_id` 0 does not wait.
 
-        With `alone` it does: an operation that looks at the adapter more than once goes between two numbered ones.
+        With `alone` it does: an operation that looks at the adapter more than once goes between two numbered ones. The
+        two kinds take turns, so that neither can keep the other one waiting for long.
 
         The number is used up once the block begins, however it ends. The task that waits here must not be cancelled;
         `idempotency.Answers` gives every operation a task of its own.
@@ -80,9 +82,9 @@ class Turns:
             await self._wait_for(seq_id)
         elif alone:
             await self._wait_alone()
+        else:
+            self._begin()
         self._restored_step = None
-        self._running += 1
-        self._idle.clear()
         self._restart_clock()
         turn = Turn(self, held=alone or seq_id > 0)
         try:
@@ -140,13 +142,21 @@ class Turns:
     def _begin_next(self) -> None:
         if self._held:
             return
-        if self._waiting_alone:
-            self._held = True
-            self._waiting_alone.popleft().set_result(None)
-        elif future := self._waiting.pop(self.next_seq_id, None):
-            self._held = True
+        is_alone = bool(self._waiting_alone) and not (self._alone_was_last and self.next_seq_id in self._waiting)
+        if is_alone:
+            future = self._waiting_alone.popleft()
+        elif self.next_seq_id in self._waiting:
+            future = self._waiting.pop(self.next_seq_id)
             self.next_seq_id += 1
-            future.set_result(None)
+        else:
+            return
+        self._held, self._alone_was_last = True, is_alone
+        self._begin()
+        future.set_result(None)
+
+    def _begin(self) -> None:
+        self._running += 1
+        self._idle.clear()
 
     def _restart_clock(self) -> None:
         if self._clock is not None:

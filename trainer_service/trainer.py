@@ -330,7 +330,8 @@ class Trainer:
         await asyncio.to_thread(self._executor.close)
 
     async def _restore(self, store: CheckpointStore, found: Checkpoint) -> None:
-        await asyncio.to_thread(store.clear_leftovers)
+        if not self._entries:  # else this is another try, and somebody may be saving
+            await asyncio.to_thread(store.clear_leftovers)
         for adapter_id, infos in (await asyncio.to_thread(store.restorable)).items():
             if adapter_id in self._entries:  # since a first try that failed
                 continue

@@ -145,7 +145,7 @@ class LoraAdapter:
     step: int
     """Optimizer steps applied."""
     published_version: int
-    """Last published version; 0 before the first."""
+    """Last published version of this name; 0 before the first."""
     next_seq_id: int
     """Number of the adapter's next operation."""
     resident: bool

@@ -418,6 +418,16 @@ async def test_a_stop_string_ends_the_text_before_it(stub):
     assert finish == sampler_pb2.FINISH_REASON_STOP
 
 
+async def test_as_many_tokens_as_a_number_can_say_are_as_many_as_there_is_room_for(stub, tokenizer):
+    text = STORY * 169
+    room = 2048 - len(tokenizer.encode(text))
+    assert 0 < room < 100
+    # Always the same token, which ends nothing.
+    ((_, ids, *_, finish),) = await generate(stub, text=text, max_tokens=2**32 - 1, logit_bias={42: 100.0})
+    assert len(ids) == room
+    assert finish == sampler_pb2.FINISH_REASON_LENGTH
+
+
 async def test_a_stop_token_is_a_completions_last(stub):
     ((_, whole, *_),) = await generate(stub, temperature=0, max_tokens=24)
     ((_, ids, _, _, finish),) = await generate(stub, temperature=0, max_tokens=24, stop_token_ids=[whole[5]])

@@ -180,6 +180,8 @@ async def test_a_batch_is_on_the_versions_of_one_moment(sampler, engine):
     [
         (ask(40), "TOKEN_OUT_OF_RANGE", "requests[1].prompt"),
         (ask(1, temperature=-1), "SAMPLING_INVALID", "requests[1].sampling.temperature"),
+        (ask(1, logit_bias=dict.fromkeys(range(1025), 1.0)), "SAMPLING_INVALID", "requests[1].sampling.logit_bias"),
+        (ask(1, stop_token_ids=[1] * 129), "SAMPLING_INVALID", "requests[1].sampling.stop_token_ids"),
         (ask(1, structure=Structure("regex", "(")), "NO_TOKENIZER", "requests[1]"),
         (ask(1, "nobody"), "ADAPTER_NOT_FOUND", "requests[1]"),
         (ask(1, version=3), "VERSION_WITHOUT_ADAPTER", "requests[1].version"),

@@ -19,6 +19,7 @@ from trainer_service.publish.publisher import Publisher
 from trainer_service.publish.relays import Relays
 from trainer_service.publish.transaction import ReplicaState
 
+ANSWERED = PushStream.commit
 SEQUENCES = [[1, 2, 3], [4, 5]]
 
 
@@ -257,44 +258,59 @@ async def test_a_removed_adapters_numbers_are_not_used_again(samplers, checkpoin
         assert (await publisher.publish("a", snapshot(checkpoint, 2))).version == 2
 
 
-async def test_a_commit_without_an_answer_is_looked_after(samplers, checkpoint, monkeypatch):
-    """The sampler lives on, and has the version that the trainer heard nothing of."""
-    answered = PushStream.commit
+async def answered_and_cut(stream):
+    await ANSWERED(stream)
+    raise UnavailableError("the connection broke")
 
-    async def cut(stream):
-        await answered(stream)
-        raise UnavailableError("the connection broke")
 
-    async with publishing(samplers[:1]) as publisher:
+async def never_sent(stream):
+    raise UnavailableError("the connection broke")
+
+
+@pytest.mark.parametrize("commit", [answered_and_cut, never_sent])
+async def test_a_version_whose_commit_nobody_answers_is_decided(samplers, checkpoint, monkeypatch, commit):
+    async with publishing(samplers) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1))
         with monkeypatch.context() as patch:
-            patch.setattr(PushStream, "commit", cut)
+            patch.setattr(PushStream, "commit", commit)
             with refused("PUSH_FAILED") as refusal:
                 await publisher.publish("a", snapshot(checkpoint, 2))
-        assert "may be live" in refusal.value.message
-        await until(lambda: publisher.version("a") == 2)
+        assert "is decided" in refusal.value.message
+        assert publisher.version("a") == 2
+        await until(lambda: [world.live() for world in samplers] == [{1: 1.0, 2: 2.0}] * 2)
         back = await publisher.publish("a", snapshot(checkpoint, 1))
-        assert (back.version, states(back)) == (3, [ReplicaState.COMMITTED])
-    assert samplers[0].live() == {2: 2.0, 3: 1.0}
+        assert (back.version, states(back)) == (3, [ReplicaState.COMMITTED] * 2)
+    assert [world.live() for world in samplers] == [{2: 2.0, 3: 1.0}] * 2
 
 
-async def test_going_back_right_after_a_commit_without_an_answer_is_no_success_without_effect(
-    samplers, checkpoint, monkeypatch
-):
-    async def cut(stream):
-        await answered(stream)
+async def test_going_back_while_a_sampler_is_behind_is_no_success_without_effect(samplers, checkpoint, monkeypatch):
+    """It has the weights as its latest version still, and the other one as an older one."""
+
+    async def first_only(stream):
+        if stream.first:
+            return await ANSWERED(stream)
         raise UnavailableError("the connection broke")
 
-    answered = PushStream.commit
-    monkeypatch.setattr(publisher_module, "_WATCH_SECONDS", 60)
-    async with publishing(samplers[:1]) as publisher:
+    async with publishing(samplers) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1))
+        monkeypatch.setattr(publisher_module, "_WATCH_SECONDS", 60)
+        await asyncio.sleep(0.2)
+        begin, begun = PushStream.begin, []
+
+        async def noted(stream, frame):
+            stream.first = not begun
+            begun.append(stream)
+            return await begin(stream, frame)
+
         with monkeypatch.context() as patch:
-            patch.setattr(PushStream, "commit", cut)
-            with refused("PUSH_FAILED"):
-                await publisher.publish("a", snapshot(checkpoint, 2))
-        assert (await publisher.publish("a", snapshot(checkpoint, 1))).version == 3
-    assert max(samplers[0].live().items()) == (3, 1.0)
+            patch.setattr(PushStream, "begin", noted)
+            patch.setattr(PushStream, "commit", first_only)
+            published = await publisher.publish("a", snapshot(checkpoint, 2))
+        assert sorted(states(published), key=str) == [ReplicaState.COMMITTED, ReplicaState.DOWN]
+        with refused("PUSH_FAILED") as refusal:
+            await publisher.publish("a", snapshot(checkpoint, 1))
+        assert "as an older one" in refusal.value.message
+    assert sorted(max(world.live()) for world in samplers) == [1, 2]
 
 
 async def test_a_push_outlives_the_lookup_that_misses_its_sampler(samplers, checkpoint, monkeypatch):

@@ -118,3 +118,17 @@ def test_a_spill_for_which_there_is_no_memory_changes_nothing(monkeypatch) -> No
     assert on_device(arenas) == []
     residency.use(arenas)
     assert torch.equal(arenas[0].exp_avg, before)
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+def test_gradients_go_back_to_what_they_were_wherever_they_are(spilled: bool) -> None:
+    moved = arena()
+    before = moved.gradients.clone()
+    for copy in (before, None):
+        moved.gradients.fill_(7)
+        if spilled:
+            moved.spill()
+        moved.reset_gradients(copy)
+        if spilled:
+            moved.restore()
+        assert torch.equal(moved.gradients, torch.zeros_like(before) if copy is None else before)

@@ -239,3 +239,29 @@ async def test_idle_is_when_no_operation_runs_numbered_or_not() -> None:
         await asyncio.sleep(0.002)
         assert not idle.done()
     await asyncio.wait_for(idle, 1)
+
+
+async def test_neither_kind_of_operation_keeps_the_other_one_waiting() -> None:
+    turns, done = Turns("alice"), []
+
+    async def alone() -> None:
+        async with turns.take(0, alone=True):
+            await asyncio.sleep(0)
+            done.append(0)
+
+    async with turns.take(1):
+        tasks = [asyncio.create_task(alone()) for _ in range(3)]
+        tasks += [await begin(turns, number, done) for number in (2, 3)]
+    await asyncio.gather(*tasks)
+    assert done == [0, 2, 0, 3, 0]
+
+
+async def test_an_operation_that_has_its_turn_is_not_idle_before_it_runs() -> None:
+    turns = Turns("alice")
+    async with turns.take(1):
+        waiting = await begin(turns, 2, [])
+    assert not waiting.done()
+    idle = asyncio.create_task(turns.wait_idle())
+    await asyncio.wait([idle, waiting], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait_for(idle, 1)
+    assert waiting.done()

@@ -28,6 +28,8 @@ FUSED_MODULES: dict[str, tuple[str, ...]] = {
     "linear_fc2": ("down_proj",),
 }
 
+_GRADIENTS = 1  # their place among the four buffers
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -154,6 +156,14 @@ class Arena:
         """Fills one of the four buffers with this rank's part of whole float32 tensors, given by PEFT name."""
         for name, place in self._places.items():
             self.view(buffer, name).copy_(torch.from_numpy(np.ascontiguousarray(tensors[name][place.part])))
+
+    def reset_gradients(self, before: torch.Tensor | None) -> None:
+        """Takes the gradient back to a copy of it, or to zero, wherever it is."""
+        gradients = self.gradients if self._spilled is None else self._spilled[_GRADIENTS]
+        if before is None:
+            gradients.zero_()
+        else:
+            gradients.copy_(before)
 
     def spill(self) -> None:
         """Moves the buffers to host memory, pinned where there is a GPU. Views stay valid but must not be used."""

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from service_common import errors
+from service_common.errors import ServiceError
 from tinkerbell.errors import TinkerbellError, UnavailableError
 from tinkerbell.payload import PayloadError
 from tinkerbell.v1 import common_pb2, sampler_pb2
 from trainer_service.engine import adapter_not_found
 from trainer_service.metrics import Metrics
+from trainer_service.publish import channels
 from trainer_service.publish.discovery import Discovery
 from trainer_service.publish.parity import Difference, Probe
 from trainer_service.publish.relays import Relays
@@ -115,6 +117,7 @@ class Publisher:
         self._adapters: dict[str, _Adapter] = {}
         self._used: dict[str, int] = {}  # the numbers of adapters that are gone, whose versions samplers may have
         self._joining: dict[str, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._looked = asyncio.Event()  # whether the samplers have been looked up
         self._watching: asyncio.Task[None] | None = None
 
@@ -139,7 +142,7 @@ class Publisher:
             self._metrics.drift.remove(adapter_id)
 
     def version(self, adapter_id: str) -> int:
-        """The last version of an adapter that is looked after; 0 before the first."""
+        """The last version of an adapter that is looked after, or of one of that name that is gone; 0 if none."""
         adapter = self._adapters[adapter_id]
         return adapter.current.version if adapter.current else adapter.used
 
@@ -198,26 +201,19 @@ class Publisher:
         digest = snapshot.manifest.digest
         async with adapter.lock:
             current = adapter.current
-            # A number used since may be live somewhere, and what is to be the latest must be above it.
-            is_current = current is not None and current.digest == digest and current.version >= adapter.used
-            number = current.version if current and is_current else self._next(adapter)
+            number = current.version if current and current.digest == digest else self._next(adapter)
             replicas = self._in_order()
             # As far as is known before the push.
             num_over_grpc = sum(staged is None or not staged.reaches(replica) for replica in replicas)
             async with self._relays.shared(snapshot, num_over_grpc) as shared:
                 transaction = Transaction(adapter_id, snapshot, replicas, probe, staged, transport, shared)
-                try:
-                    version, outcomes = await transaction.run(
-                        number, lambda number: self._use(adapter_id, adapter, number)
-                    )
-                finally:
-                    if not transaction.is_certain:  # the watch looks what they have
-                        for replica in replicas:
-                            replica.current_instance = ""
+                version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
             adapter.current = _Current(version, digest, snapshot)
         for outcome in outcomes:
             if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
                 self._replicas[outcome.address].current_instance = ""
+        if all(outcome.state is ReplicaState.DOWN for outcome in outcomes):
+            raise _nobody_answered(adapter_id, version, outcomes)
         publication = Publication(version, digest, outcomes)
         for outcome in outcomes:
             if outcome.sent_bytes:
@@ -257,7 +253,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Ends the watch and closes the connections."""
-        tasks = [*self._joining.values(), *([self._watching] if self._watching else [])]
+        tasks = [*self._joining.values(), *self._leaving, *([self._watching] if self._watching else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -309,8 +305,9 @@ class Publisher:
         found = await self._discovery.addresses()
         for address in set(self._replicas) - set(found):
             log.info("sampler_gone", sampler=address)
-            # Not closed: a push may be under way on its connection, which goes with the last that uses it.
-            del self._replicas[address]
+            leaving = asyncio.create_task(_close_later(self._replicas.pop(address)))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
         for address in set(found) - set(self._replicas):
             log.info("sampler_found", sampler=address)
             self._replicas[address] = Replica(address)
@@ -347,7 +344,12 @@ class Publisher:
             for adapter_id, adapter in list(self._adapters.items()):
                 async with adapter.lock:
                     current = adapter.current if self._adapters.get(adapter_id) is adapter else None
-                    if current and state.served.get(adapter_id) != Served(current.version, current.digest):
+                    theirs = state.served.get(adapter_id)
+                    if current and theirs and theirs.version > current.version:
+                        replica.current_instance = (
+                            ""  # the next round adopts it, which a publication kept this one from
+                        )
+                    elif current and theirs != Served(current.version, current.digest):
                         adapter.current = await self._send(adapter_id, current, replica)
             if replica.current_instance == state.instance:
                 await replica.confirm_current()
@@ -388,3 +390,23 @@ class Publisher:
         raise UnavailableError(
             f"no sampler can hand on version {current.version} of adapter {adapter_id!r} ({'; '.join(failures)})"
         )
+
+
+async def _close_later(replica: Replica) -> None:
+    """When no push can be on its connection any more: that would cancel it."""
+    try:
+        await asyncio.sleep(2 * channels.PUSH_SECONDS)
+    finally:
+        await replica.close()
+
+
+def _nobody_answered(adapter_id: str, version: int, outcomes: Sequence[ReplicaOutcome]) -> ServiceError:
+    lost = "; ".join(f"{outcome.address}: {outcome.error}" for outcome in outcomes)
+    return errors.unavailable(
+        "PUSH_FAILED",
+        f"version {version} of adapter {adapter_id!r} is decided, and no sampler has answered COMMIT ({lost}). It is "
+        "current, and every sampler that does not have it gets it when it is back",
+        adapter_id=adapter_id,
+        version=version,
+        samplers=",".join(outcome.address for outcome in outcomes),
+    )

@@ -92,8 +92,6 @@ class Transaction:
     A sampler that cannot be reached at BEGIN is left out. Any other failure before the first COMMIT ends all pushes,
     and no sampler has changed. When all that take part are ready the version is decided: a sampler that is lost after
     that counts as down, and gets the version when it is back.
-
-    is_certain: whether it is known what the samplers have. It isn't when COMMIT was sent, and none answered it.
     """
 
     def __init__(
@@ -118,13 +116,12 @@ class Transaction:
         self._transport = transport
         self._shared = shared
         self._pushes: list[_Push] = []
-        self.is_certain = True
 
     async def run(self, number: int, reserve: Callable[[int], Awaitable[None]]) -> tuple[int, list[ReplicaOutcome]]:
         """Publishes as version `number`, or as a higher one when samplers have that already, with another content.
 
         `reserve` is called with the version before any sampler can make it live. Returns the version and an outcome
-        for each replica. ServiceError when nothing was published.
+        for each replica; all are down if all were lost at COMMIT. ServiceError when nothing was published.
         """
         try:
             number = await self._begin_everywhere(number)
@@ -134,14 +131,9 @@ class Transaction:
             await asyncio.gather(reserve(number), *(push.attempt(make_ready) for push in taking_part))
             self._raise_unless_ready(number, taking_part)
             await failpoints.reached("sync.prepared")
-            self.is_certain = False
             await asyncio.gather(*(push.attempt(self._commit) for push in taking_part))
             await failpoints.reached("sync.committed")
-            failures = [push.failure for push in taking_part if push.failure]
-            if len(failures) == len(taking_part) and not all(map(_is_refusal, failures)):
-                raise self._unanswered(number, taking_part)
-            self.is_certain = True
-            if len(failures) == len(taking_part):
+            if all(push.failure and _is_refusal(push.failure) for push in taking_part):
                 raise self._refusal(number, taking_part)
             return number, [self._outcome(push) for push in self._pushes]
         finally:
@@ -149,6 +141,7 @@ class Transaction:
                 push.stream.close()
 
     async def _begin_everywhere(self, number: int) -> int:
+        accepting: set[Replica] = set()  # what they have as their latest version is something else
         for _ in range(_MAX_NUMBERS):
             self._pushes = [_Push(replica, replica.push()) for replica in self._replicas]
             announce = functools.partial(self._announce, number)
@@ -165,8 +158,18 @@ class Transaction:
                 raise self._refusal(number, self._pushes)
             if all(push.failure and is_down(push.failure) for push in self._pushes):
                 raise _nobody_there(self._adapter_id, self._pushes)
+            if behind := [push for push in self._pushes if push.live and push.replica in accepting]:
+                raise errors.unavailable(
+                    "PUSH_FAILED",
+                    f"version {number} of adapter {self._adapter_id!r} was not published: samplers have these weights, "
+                    f"some as the latest version and some ({_addresses(behind)}) as an older one. The trainer brings "
+                    "them together; sync again",
+                    adapter_id=self._adapter_id,
+                    samplers=_addresses(behind),
+                )
             if all(other == number for other in renumbered):
                 return number
+            accepting |= {push.replica for push in self._pushes if not push.failure and not push.live}
             for push in self._pushes:
                 push.stream.close()
             number = max(renumbered)
@@ -214,7 +217,7 @@ class Transaction:
                 f"version {number} of adapter {self._adapter_id!r} was not published: CUDA IPC was asked for, and does "
                 f"not reach every sampler ({obstacles}); mend that, or leave the transport open",
                 adapter_id=self._adapter_id,
-                samplers=",".join(push.replica.address for push in apart),
+                samplers=_addresses(apart),
             )
 
     async def _make_ready(self, push: _Push, prepares: bool) -> None:
@@ -272,22 +275,11 @@ class Transaction:
             f"samplers failed ({_listed(failed)}). The version before it stays current everywhere; sync again when "
             "that is mended"
         )
-        names = ",".join(push.replica.address for push in failed)
+        names = _addresses(failed)
         if not refusals:
             return errors.unavailable("PUSH_FAILED", message, adapter_id=self._adapter_id, samplers=names)
         refusal = refusals[0]
         return ServiceError(Code[refusal.code.name], refusal.reason, message, **refusal.metadata, samplers=names)
-
-    def _unanswered(self, number: int, pushes: Sequence[_Push]) -> ServiceError:
-        return errors.unavailable(
-            "PUSH_FAILED",
-            f"version {number} of adapter {self._adapter_id!r} may be live: it was ready everywhere, and no sampler "
-            f"has answered COMMIT ({_listed(pushes)}). The trainer goes on from what they have when they are back; "
-            "sync again then",
-            adapter_id=self._adapter_id,
-            version=number,
-            samplers=",".join(push.replica.address for push in pushes),
-        )
 
     def _outcome(self, push: _Push) -> ReplicaOutcome:
         state = ReplicaState.DOWN
@@ -319,8 +311,12 @@ def _nobody_there(adapter_id: str, pushes: Sequence[_Push]) -> ServiceError:
         f"no sampler can be reached ({_listed(pushes) or 'none is known'}); adapter {adapter_id!r} was not published, "
         "and the next SyncAdapter will try again",
         adapter_id=adapter_id,
-        sampler=",".join(push.replica.address for push in pushes),
+        sampler=_addresses(pushes),
     )
+
+
+def _addresses(pushes: Sequence[_Push]) -> str:
+    return ",".join(push.replica.address for push in pushes)
 
 
 def _listed(pushes: Sequence[_Push]) -> str:

@@ -158,7 +158,7 @@ class TrainerClient:
         return self._loop.run(self._client.list_optimizer_states())
 
     def export_optimizer_state(self, adapter_id: str) -> results.ExportedOptimizer:
-        """As `TrainingRun.export_optimizer_state`, but not numbered: it runs when it arrives."""
+        """As `TrainingRun.export_optimizer_state`, but not numbered: it runs between two numbered operations."""
         return self._loop.run(self._client.export_optimizer_state(adapter_id))
 
     def list_checkpoints(self, adapter_id: str = "") -> list[results.Checkpoint]:
@@ -188,7 +188,7 @@ class TrainerClient:
     def sync_adapter_to_vllm(
         self, adapter_id: str, verify: Verification | bool = False, transport: Transport = "auto"
     ) -> Future[results.SyncResult]:
-        """As `TrainingRun.sync_adapter_to_vllm`, but not numbered: it runs when it arrives."""
+        """As `TrainingRun.sync_adapter_to_vllm`, but not numbered: it runs between two numbered operations."""
         return self._loop.submit(self._client._sync_adapter_to_vllm(adapter_id, verify, transport))
 
     def verify_adapter(self, adapter_id: str, verification: Verification | None = None) -> Future[results.VerifyResult]:

@@ -1,0 +1,34 @@
+"""Prompts to token ids."""
+
+import pytest
+import tokenizers
+import transformers
+
+from sampler_service.requests import ChatPrompt, TextPrompt
+from sampler_service.tokenizer import Tokenizer
+from service_common.errors import Code, ServiceError
+
+TEMPLATE = """{% for message in messages %}{% if message["role"] == "system" %}\
+{{ raise_exception("System role not supported") }}{% endif %}{{ message["content"] }} {% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "sea": 1, "wind": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+async def test_text_and_chats_become_tokens(tokenizer):
+    assert await tokenizer.tokens(TextPrompt("sea wind")) == [1, 2]
+    assert await tokenizer.tokens(ChatPrompt([("user", "wind"), ("assistant", "sea")])) == [2, 1]
+
+
+async def test_a_chat_that_the_models_template_refuses_is_the_callers_mistake(tokenizer):
+    with pytest.raises(ServiceError, match="System role not supported") as refusal:
+        await tokenizer.tokens(ChatPrompt([("system", "sea"), ("user", "wind")]))
+    assert (refusal.value.code, refusal.value.reason) == (Code.INVALID_ARGUMENT, "CHAT_INVALID")
