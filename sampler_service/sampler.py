@@ -172,7 +172,7 @@ class Sampler:
             self._engine.check_structure(sampling.structure)
 
     async def _tokens(self, prompt: Prompt) -> Sequence[int]:
-        tokens = await self._tokenizer.tokens(prompt)
+        tokens = await self._tokenizer.tokens(prompt, self._max_prompt)
         check_tokens(tokens, "prompt", self.base_model.vocab_size, 1, self._max_prompt)
         return tokens
 

@@ -25,6 +25,8 @@ class Tokenizer:
         """Loads it, if it is there."""
         self.present = any((folder / name).is_file() for name in _FILES)
         self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder) if self.present else None
+        vocabulary = self._tokenizer.get_vocab() if self._tokenizer else {}
+        self._longest = max(map(len, vocabulary), default=0)  # characters of a token
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     def require(self, what: str) -> None:
@@ -34,18 +36,33 @@ class Tokenizer:
                 "NO_TOKENIZER", f"the base model comes without a tokenizer, which {what} needs; send token ids"
             )
 
-    async def tokens(self, prompt: Prompt) -> Sequence[int]:
-        """The prompt's token ids. FAILED_PRECONDITION without a tokenizer or chat template, where one is needed."""
+    async def tokens(self, prompt: Prompt, most: int) -> Sequence[int]:
+        """The prompt's token ids. FAILED_PRECONDITION without a tokenizer or chat template, where one is needed.
+
+        INVALID_ARGUMENT for a text of more characters than `most` tokens can have: the others would wait for it.
+        """
         match prompt:
             case TokenPrompt(tokens):
                 return tokens
             case TextPrompt(text):
                 self.require("a text prompt")
+                self._check_size(len(text), most)
                 return await self._in_thread(self._encode, text)
             case ChatPrompt(messages):
                 self.require("a chat")
                 check_messages(messages)
+                self._check_size(sum(len(content) for _, content in messages), most)
                 return await self._in_thread(self._render, messages)
+
+    def _check_size(self, characters: int, most: int) -> None:
+        if characters > most * self._longest:
+            raise errors.invalid_argument(
+                "SEQUENCE_TOO_LONG",
+                f"the prompt has {characters} characters, which is more than {most} tokens, and no longer one fits",
+                field="prompt",
+                characters=characters,
+                max_tokens=most,
+            )
 
     async def _in_thread(self, function, argument) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, argument)

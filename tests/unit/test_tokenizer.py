@@ -24,11 +24,19 @@ def tokenizer(tmp_path_factory):
 
 
 async def test_text_and_chats_become_tokens(tokenizer):
-    assert await tokenizer.tokens(TextPrompt("sea wind")) == [1, 2]
-    assert await tokenizer.tokens(ChatPrompt([("user", "wind"), ("assistant", "sea")])) == [2, 1]
+    assert await tokenizer.tokens(TextPrompt("sea wind"), 9) == [1, 2]
+    assert await tokenizer.tokens(ChatPrompt([("user", "wind"), ("assistant", "sea")]), 9) == [2, 1]
 
 
 async def test_a_chat_that_the_models_template_refuses_is_the_callers_mistake(tokenizer):
     with pytest.raises(ServiceError, match="System role not supported") as refusal:
-        await tokenizer.tokens(ChatPrompt([("system", "sea"), ("user", "wind")]))
+        await tokenizer.tokens(ChatPrompt([("system", "sea"), ("user", "wind")]), 9)
     assert (refusal.value.code, refusal.value.reason) == (Code.INVALID_ARGUMENT, "CHAT_INVALID")
+
+
+@pytest.mark.parametrize("prompt", [TextPrompt("sea " * 12), ChatPrompt([("user", "sea " * 6)] * 2)])
+async def test_a_text_that_cannot_fit_is_refused_before_anybody_waits_for_it(tokenizer, monkeypatch, prompt):
+    monkeypatch.setattr(tokenizer, "_thread", None)
+    with pytest.raises(ServiceError, match="48 characters, which is more than 9 tokens") as refusal:
+        await tokenizer.tokens(prompt, 9)  # of 5 characters, as [UNK] has
+    assert refusal.value.reason == "SEQUENCE_TOO_LONG"
