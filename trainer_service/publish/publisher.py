@@ -346,9 +346,8 @@ class Publisher:
                     current = adapter.current if self._adapters.get(adapter_id) is adapter else None
                     theirs = state.served.get(adapter_id)
                     if current and theirs and theirs.version > current.version:
-                        replica.current_instance = (
-                            ""  # the next round adopts it, which a publication kept this one from
-                        )
+                        # To be adopted: this round could not, as the adapter was being published.
+                        replica.current_instance = ""
                     elif current and theirs != Served(current.version, current.digest):
                         adapter.current = await self._send(adapter_id, current, replica)
             if replica.current_instance == state.instance:
