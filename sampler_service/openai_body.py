@@ -21,13 +21,17 @@ MAX_BODY_BYTES = 8 << 20
 _MAX_BODY_LEVELS = MAX_SCHEMA_LEVELS + 8
 # The tables that vLLM's model runner has for a request (vllm/v1/worker/gpu/sample). A bad word is two sequences of
 # tokens, one with a space before it, and a token is at least one byte.
+_MAX_STOP_TOKEN_IDS = MAX_STOP_TOKEN_IDS - 16  # vLLM adds those that end the model's own texts
 _MAX_ALLOWED_TOKEN_IDS = 1024
-_MAX_BAD_WORDS = 128
+_MAX_BAD_WORDS = 64
 _MAX_BAD_WORD_BYTES = 512
 
 
 def parsed(content: bytes, vocab_size: int) -> dict[str, Any]:
-    """The body. INVALID_ARGUMENT (BODY_INVALID), naming the field, unless vLLM can be given it."""
+    """The body, with a seed to which vLLM can add a completion's index.
+
+    INVALID_ARGUMENT (BODY_INVALID), naming the field, unless vLLM can be given it.
+    """
     try:
         body = json.loads(content)
         if not isinstance(body, dict):
@@ -44,12 +48,14 @@ def parsed(content: bytes, vocab_size: int) -> dict[str, Any]:
         characters = len(json.dumps(body.get(field)))
         if characters > MAX_STRUCTURE_CHARACTERS:
             raise _invalid(field, f"has {characters} characters, and can have {MAX_STRUCTURE_CHARACTERS}")
+    if type(body.get("seed")) is int:
+        body["seed"] %= 1 << 62
     for field, value in body.items():
         if type(value) is int and not -(1 << 63) <= value < 1 << 63:
             raise _invalid(field, "is a number of more than 64 bits")
     if body.get("n") is not None and type(body["n"]) is not int:
         raise _invalid("n", f"is {body['n']!r}, and must be a whole number")
-    _check_tokens(body, "stop_token_ids", MAX_STOP_TOKEN_IDS, vocab_size)
+    _check_tokens(body, "stop_token_ids", _MAX_STOP_TOKEN_IDS, vocab_size)
     _check_tokens(body, "allowed_token_ids", _MAX_ALLOWED_TOKEN_IDS, vocab_size)
     _check_bad_words(body.get("bad_words"))
     biases = body.get("logit_bias")

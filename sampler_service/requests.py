@@ -14,11 +14,11 @@ MAX_TOP_LOGPROBS = 20
 MAX_REPETITION_PENALTY = 2.0
 MAX_PENALTY = 2.0  # presence and frequency, either way
 MAX_BIAS = 100.0  # likewise
-# Structures are turned into grammars on the event loop, in a time that grows with the cube of a schema's depth.
 # As many as vLLM's model runner has room for in a request (vllm/v1/worker/gpu/sample/logit_bias.py).
 MAX_STOP_TOKEN_IDS = 128
 MAX_BIASES = 1024
 
+# Structures are turned into grammars on the event loop, in a time that grows with the cube of a schema's depth.
 MAX_STRUCTURE_CHARACTERS = 1 << 16
 MAX_SCHEMA_LEVELS = 32
 CHAT_ROLES = ("system", "user", "assistant")

@@ -88,8 +88,8 @@ class Adapter:
     def begin_call(self) -> None:
         """Before each pass of a ForwardBackward; the first one counts."""
         if not self.in_call:
-            self.in_call = True
             self.gradients_before = self.arena.gradients.clone() if self.accumulated_calls else None
+            self.in_call = True
 
     def commit_call(self) -> None:
         """After its last pass."""

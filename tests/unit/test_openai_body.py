@@ -27,11 +27,11 @@ def parsed(**fields) -> dict:
         ("stop_token_ids", [-1]),
         ("stop_token_ids", ["5"]),
         ("stop_token_ids", 5),
-        ("stop_token_ids", [5] * 129),
+        ("stop_token_ids", [5] * 113),
         ("allowed_token_ids", [VOCAB_SIZE]),
         ("allowed_token_ids", [5] * 1025),
         ("logit_bias", {str(token): 1 for token in range(1025)}),
-        ("bad_words", ["a"] * 129),
+        ("bad_words", ["a"] * 65),
         ("bad_words", ["sea" * 200]),
         ("bad_words", [" "]),
         ("bad_words", "sea"),
@@ -75,11 +75,16 @@ def test_what_vllm_takes_is_left_as_it_is():
         "bad_words": ["sea", "die See"],
         "logit_bias": {"5": 1.5},
         "structured_outputs": {"json": json.dumps({"type": "object"})},
-        "seed": -(1 << 63),
+        "seed": 5,
     }
     assert parsed(**fields) == {"model": "m", "prompt": "a"} | fields
     nothing = dict.fromkeys(fields)
     assert parsed(**nothing) == {"model": "m", "prompt": "a"} | nothing
+
+
+@pytest.mark.parametrize("seed", [(1 << 63) - 1, -(1 << 63), 1 << 70])
+def test_any_seed_is_one_to_which_an_index_can_be_added(seed):
+    assert 0 <= parsed(seed=seed)["seed"] < 1 << 62
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,45 @@ async def never_sent(stream):
     raise UnavailableError("the connection broke")
 
 
+async def test_a_commit_without_an_answer_of_the_only_sampler_is_looked_after(samplers, checkpoint, monkeypatch):
+    """The sampler lives on, and has the version that the trainer heard nothing of."""
+    async with publishing(samplers[:1]) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(PushStream, "commit", answered_and_cut)
+            with refused("PUSH_FAILED") as refusal:
+                await publisher.publish("a", snapshot(checkpoint, 2))
+        assert "may be live" in refusal.value.message
+        await until(lambda: publisher.version("a") == 2)
+        back = await publisher.publish("a", snapshot(checkpoint, 1))
+        assert (back.version, states(back)) == (3, [ReplicaState.COMMITTED])
+    assert samplers[0].live() == {2: 2.0, 3: 1.0}
+
+
+async def test_an_only_sampler_that_fails_at_commit_keeps_its_version(samplers, checkpoint):
+    async with publishing(samplers[:1]) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        samplers[0].engine.refusal = RuntimeError("out of memory")
+        with refused("PUSH_FAILED"):
+            await publisher.publish("a", snapshot(checkpoint, 2))
+        assert publisher.version("a") == 1
+    assert samplers[0].live() == {1: 1.0}
+
+
+async def test_going_back_right_after_a_commit_without_an_answer_is_no_success_without_effect(
+    samplers, checkpoint, monkeypatch
+):
+    monkeypatch.setattr(publisher_module, "_WATCH_SECONDS", 60)
+    async with publishing(samplers[:1]) as publisher:
+        await publisher.publish("a", snapshot(checkpoint, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr(PushStream, "commit", answered_and_cut)
+            with refused("PUSH_FAILED"):
+                await publisher.publish("a", snapshot(checkpoint, 2))
+        assert (await publisher.publish("a", snapshot(checkpoint, 1))).version == 3
+    assert max(samplers[0].live().items()) == (3, 1.0)
+
+
 @pytest.mark.parametrize("commit", [answered_and_cut, never_sent])
 async def test_a_version_whose_commit_nobody_answers_is_decided(samplers, checkpoint, monkeypatch, commit):
     async with publishing(samplers) as publisher:
@@ -283,8 +322,16 @@ async def test_a_version_whose_commit_nobody_answers_is_decided(samplers, checkp
     assert [world.live() for world in samplers] == [{2: 2.0, 3: 1.0}] * 2
 
 
-async def test_going_back_while_a_sampler_is_behind_is_no_success_without_effect(samplers, checkpoint, monkeypatch):
-    """It has the weights as its latest version still, and the other one as an older one."""
+@pytest.mark.parametrize("missed", [1, 2])  # then the other one has the old version still, or no more
+async def test_going_back_while_a_sampler_is_behind_is_no_success_without_effect(
+    samplers, checkpoint, monkeypatch, missed
+):
+    begin, begun = PushStream.begin, []
+
+    async def noted(stream, frame):
+        stream.first = not begun
+        begun.append(stream)
+        return await begin(stream, frame)
 
     async def first_only(stream):
         if stream.first:
@@ -295,22 +342,30 @@ async def test_going_back_while_a_sampler_is_behind_is_no_success_without_effect
         await publisher.publish("a", snapshot(checkpoint, 1))
         monkeypatch.setattr(publisher_module, "_WATCH_SECONDS", 60)
         await asyncio.sleep(0.2)
-        begin, begun = PushStream.begin, []
-
-        async def noted(stream, frame):
-            stream.first = not begun
-            begun.append(stream)
-            return await begin(stream, frame)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(PushStream, "begin", noted)
-            patch.setattr(PushStream, "commit", first_only)
-            published = await publisher.publish("a", snapshot(checkpoint, 2))
-        assert sorted(states(published), key=str) == [ReplicaState.COMMITTED, ReplicaState.DOWN]
+        for content in range(2, 2 + missed):
+            begun.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(PushStream, "begin", noted)
+                patch.setattr(PushStream, "commit", first_only)
+                published = await publisher.publish("a", snapshot(checkpoint, content))
+            assert sorted(states(published), key=str) == [ReplicaState.COMMITTED, ReplicaState.DOWN]
         with refused("PUSH_FAILED") as refusal:
             await publisher.publish("a", snapshot(checkpoint, 1))
-        assert "as an older one" in refusal.value.message
-    assert sorted(max(world.live()) for world in samplers) == [1, 2]
+        assert "have a later one" in refusal.value.message
+    assert sorted(max(world.live()) for world in samplers) == [1, 1 + missed]
+
+
+async def test_going_back_succeeds_after_a_sampler_has_lost_the_latest_version(samplers, checkpoint):
+    async with publishing(samplers) as publisher:
+        for content in (1, 2):
+            await publisher.publish("a", snapshot(checkpoint, content))
+        await until(lambda: all(world.sampler.current.is_set() for world in samplers))
+        samplers[0].sampler.registry.unload("a", 2)
+        with refused("PUSH_FAILED"):
+            await publisher.publish("a", snapshot(checkpoint, 1))
+        await until(lambda: samplers[0].live() == {1: 1.0, 2: 2.0})
+        back = await publisher.publish("a", snapshot(checkpoint, 1))
+        assert (back.version, states(back)) == (3, [ReplicaState.COMMITTED] * 2)
 
 
 async def test_a_push_outlives_the_lookup_that_misses_its_sampler(samplers, checkpoint, monkeypatch):

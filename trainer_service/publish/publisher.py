@@ -195,19 +195,29 @@ class Publisher:
         """Makes the snapshot of an adapter its current version on all samplers that are there.
 
         `staged`: what `staged` gave, filled with the snapshot. Publications of one adapter follow each other in the
-        order of the calls. ServiceError when nothing was published; see Transaction.
+        order of the calls. ServiceError when nothing was published, or when it is decided and nobody has answered; see
+        Transaction.
         """
         adapter = self._adapter(adapter_id)
         digest = snapshot.manifest.digest
         async with adapter.lock:
             current = adapter.current
-            number = current.version if current and current.digest == digest else self._next(adapter)
+            # A number that was used since may be live somewhere, and what is to be the latest must be above it.
+            is_current = current is not None and current.digest == digest and current.version >= adapter.used
+            number = current.version if current and is_current else self._next(adapter)
             replicas = self._in_order()
             # As far as is known before the push.
             num_over_grpc = sum(staged is None or not staged.reaches(replica) for replica in replicas)
             async with self._relays.shared(snapshot, num_over_grpc) as shared:
                 transaction = Transaction(adapter_id, snapshot, replicas, probe, staged, transport, shared)
-                version, outcomes = await transaction.run(number, lambda number: self._use(adapter_id, adapter, number))
+                try:
+                    version, outcomes = await transaction.run(
+                        number, lambda number: self._use(adapter_id, adapter, number)
+                    )
+                except BaseException:
+                    for replica in replicas:  # the watch looks what they have
+                        replica.current_instance = ""
+                    raise
             adapter.current = _Current(version, digest, snapshot)
         for outcome in outcomes:
             if outcome.state is ReplicaState.DOWN and outcome.address in self._replicas:
@@ -403,8 +413,8 @@ def _nobody_answered(adapter_id: str, version: int, outcomes: Sequence[ReplicaOu
     lost = "; ".join(f"{outcome.address}: {outcome.error}" for outcome in outcomes)
     return errors.unavailable(
         "PUSH_FAILED",
-        f"version {version} of adapter {adapter_id!r} is decided, and no sampler has answered COMMIT ({lost}). It is "
-        "current, and every sampler that does not have it gets it when it is back",
+        f"version {version} of adapter {adapter_id!r} is decided, and no sampler has answered COMMIT ({lost}). As "
+        "long as this trainer lives, it is current, and every sampler that does not have it gets it when it is back",
         adapter_id=adapter_id,
         version=version,
         samplers=",".join(outcome.address for outcome in outcomes),

@@ -91,7 +91,8 @@ class Transaction:
 
     A sampler that cannot be reached at BEGIN is left out. Any other failure before the first COMMIT ends all pushes,
     and no sampler has changed. When all that take part are ready the version is decided: a sampler that is lost after
-    that counts as down, and gets the version when it is back.
+    that counts as down, and gets the version when it is back. What a sampler that is alone has, when it is lost at
+    COMMIT without having prepared, is not known.
     """
 
     def __init__(
@@ -127,14 +128,18 @@ class Transaction:
             number = await self._begin_everywhere(number)
             taking_part = [push for push in self._pushes if push.failure is None]
             await failpoints.reached("sync.begun")
-            make_ready = functools.partial(self._make_ready, prepares=len(taking_part) > 1 or self._probe is not None)
+            prepares = len(taking_part) > 1 or self._probe is not None
+            make_ready = functools.partial(self._make_ready, prepares=prepares)
             await asyncio.gather(reserve(number), *(push.attempt(make_ready) for push in taking_part))
             self._raise_unless_ready(number, taking_part)
             await failpoints.reached("sync.prepared")
             await asyncio.gather(*(push.attempt(self._commit) for push in taking_part))
             await failpoints.reached("sync.committed")
-            if all(push.failure and _is_refusal(push.failure) for push in taking_part):
+            failures = [push.failure for push in taking_part if push.failure]
+            if len(failures) == len(taking_part) and not any(map(is_down, failures)):
                 raise self._refusal(number, taking_part)
+            if len(failures) == len(taking_part) and not prepares:
+                raise self._unanswered(number)
             return number, [self._outcome(push) for push in self._pushes]
         finally:
             for push in self._pushes:
@@ -158,12 +163,19 @@ class Transaction:
                 raise self._refusal(number, self._pushes)
             if all(push.failure and is_down(push.failure) for push in self._pushes):
                 raise _nobody_there(self._adapter_id, self._pushes)
-            if behind := [push for push in self._pushes if push.live and push.replica in accepting]:
+            some_live = any(push.live for push in self._pushes)
+            behind = [
+                push
+                for push in self._pushes
+                if push.replica in accepting
+                and (push.live or (some_live and isinstance(push.failure, AlreadyExistsError)))
+            ]
+            if behind:
                 raise errors.unavailable(
                     "PUSH_FAILED",
-                    f"version {number} of adapter {self._adapter_id!r} was not published: samplers have these weights, "
-                    f"some as the latest version and some ({_addresses(behind)}) as an older one. The trainer brings "
-                    "them together; sync again",
+                    f"version {number} of adapter {self._adapter_id!r} was not published: some samplers have these "
+                    f"weights as the latest version, and others ({_addresses(behind)}) have a later one. The "
+                    "trainer brings them together; sync again",
                     adapter_id=self._adapter_id,
                     samplers=_addresses(behind),
                 )
@@ -280,6 +292,18 @@ class Transaction:
             return errors.unavailable("PUSH_FAILED", message, adapter_id=self._adapter_id, samplers=names)
         refusal = refusals[0]
         return ServiceError(Code[refusal.code.name], refusal.reason, message, **refusal.metadata, samplers=names)
+
+    def _unanswered(self, number: int) -> ServiceError:
+        """Of a sampler that is alone: only its answer to COMMIT would say that it could install the version."""
+        lost = [push for push in self._pushes if push.failure]
+        return errors.unavailable(
+            "PUSH_FAILED",
+            f"version {number} of adapter {self._adapter_id!r} may be live: the only sampler has not answered COMMIT "
+            f"({_listed(lost)}). The trainer looks what it has; sync again",
+            adapter_id=self._adapter_id,
+            version=number,
+            samplers=_addresses(lost),
+        )
 
     def _outcome(self, push: _Push) -> ReplicaOutcome:
         state = ReplicaState.DOWN

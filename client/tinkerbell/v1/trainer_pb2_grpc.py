@@ -260,7 +260,8 @@ class TrainerServiceServicer:
         """Publishes an adapter's current weights to all samplers as a new immutable version and answers when they serve it.
         First every sampler gets the version ready, then all make it live; when one fails before that, no sampler changes,
         and the error says which failed. A sampler that can't be reached at all is left out, and brought up to date when
-        it is back. Weights that did not change since the last version keep that version and move no bytes.
+        it is back. When all are lost between the two, the call fails with PUSH_FAILED and the version goes to them when they
+        are back; docs/faults.md. Weights that did not change since the last version keep that version and move no bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
