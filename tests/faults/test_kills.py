@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 TOLERANCE = 0.01
 TOKENS = [104, 236, 282, 464, 314, 253, 112, 281, 260, 224]
-CHUNKS = 38  # of SmolLM2's adapter of rank 16 in float32
+CHUNKS = -(-19_537_920 // payload.CHUNK_BYTES)  # of SmolLM2's adapter of rank 16 in float32
 
 # Failpoints, each with the count at which it kills in the push that is meant to fail. The sampler has had two pushes
 # before, and only in the second of them, which had a probe, was asked to prepare.
