@@ -267,15 +267,20 @@ async def never_sent(stream):
     raise UnavailableError("the connection broke")
 
 
+async def unanswered(publisher, content, monkeypatch, commit=answered_and_cut) -> str:
+    """Publishes while nobody answers COMMIT; the refusal's message."""
+    with monkeypatch.context() as patch:
+        patch.setattr(PushStream, "commit", commit)
+        with refused("PUSH_FAILED") as refusal:
+            await publisher.publish("a", content)
+    return refusal.value.message
+
+
 async def test_a_commit_without_an_answer_of_the_only_sampler_is_looked_after(samplers, checkpoint, monkeypatch):
     """The sampler lives on, and has the version that the trainer heard nothing of."""
     async with publishing(samplers[:1]) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1))
-        with monkeypatch.context() as patch:
-            patch.setattr(PushStream, "commit", answered_and_cut)
-            with refused("PUSH_FAILED") as refusal:
-                await publisher.publish("a", snapshot(checkpoint, 2))
-        assert "may be live" in refusal.value.message
+        assert "may be live" in await unanswered(publisher, snapshot(checkpoint, 2), monkeypatch)
         await until(lambda: publisher.version("a") == 2)
         back = await publisher.publish("a", snapshot(checkpoint, 1))
         assert (back.version, states(back)) == (3, [ReplicaState.COMMITTED])
@@ -298,10 +303,7 @@ async def test_going_back_right_after_a_commit_without_an_answer_is_no_success_w
     monkeypatch.setattr(publisher_module, "_WATCH_SECONDS", 60)
     async with publishing(samplers[:1]) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1))
-        with monkeypatch.context() as patch:
-            patch.setattr(PushStream, "commit", answered_and_cut)
-            with refused("PUSH_FAILED"):
-                await publisher.publish("a", snapshot(checkpoint, 2))
+        await unanswered(publisher, snapshot(checkpoint, 2), monkeypatch)
         assert (await publisher.publish("a", snapshot(checkpoint, 1))).version == 3
     assert max(samplers[0].live().items()) == (3, 1.0)
 
@@ -310,11 +312,7 @@ async def test_going_back_right_after_a_commit_without_an_answer_is_no_success_w
 async def test_a_version_whose_commit_nobody_answers_is_decided(samplers, checkpoint, monkeypatch, commit):
     async with publishing(samplers) as publisher:
         await publisher.publish("a", snapshot(checkpoint, 1))
-        with monkeypatch.context() as patch:
-            patch.setattr(PushStream, "commit", commit)
-            with refused("PUSH_FAILED") as refusal:
-                await publisher.publish("a", snapshot(checkpoint, 2))
-        assert "is decided" in refusal.value.message
+        assert "is decided" in await unanswered(publisher, snapshot(checkpoint, 2), monkeypatch, commit)
         assert publisher.version("a") == 2
         await until(lambda: [world.live() for world in samplers] == [{1: 1.0, 2: 2.0}] * 2)
         back = await publisher.publish("a", snapshot(checkpoint, 1))

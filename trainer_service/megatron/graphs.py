@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from trainer_service.lora.grouped import TILE_ROWS, Grouped, Ranks, Tables
 from trainer_service.lora.products import no_adapters
@@ -45,15 +46,11 @@ class _Shape:
         length, num_tokens = batch_length(lengths), sum(lengths)
         return cls(
             num_tokens=num_tokens,
-            num_sequences=max(_LEAST_SEQUENCES, _power_of_two(len(lengths))),
-            longest=length or min(num_tokens, max(_TOKEN_STEP, _power_of_two(max(lengths)))),
+            num_sequences=max(_LEAST_SEQUENCES, triton.next_power_of_2(len(lengths))),
+            longest=length or min(num_tokens, max(_TOKEN_STEP, triton.next_power_of_2(max(lengths)))),
             length=length,
             ranks=Ranks.of(arenas) if arenas else None,
         )
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 @dataclass(frozen=True)
